@@ -1,0 +1,53 @@
+"""MiSS fine-tuning as a compiler: adapters are rewritten into the graph of a model, not wrapped around its modules."""
+
+from misscompile.adapters import (
+    adapt,
+    disable_adapter,
+    print_trainable_parameters,
+    trainable_parameters,
+    unload,
+)
+from misscompile.checkpoint import load_adapter, save_adapter
+from misscompile.config import MissConfig
+from misscompile.errors import (
+    ArgumentError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    MergeError,
+    MissError,
+    MissWarning,
+    NoMatchError,
+    StateError,
+    UnknownAdapterError,
+    UnsupportedModuleError,
+)
+from misscompile.merging import merge, unmerge
+from misscompile.passes.dump import dump
+
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "MergeError",
+    "MissConfig",
+    "MissError",
+    "MissWarning",
+    "NoMatchError",
+    "StateError",
+    "UnknownAdapterError",
+    "UnsupportedModuleError",
+    "adapt",
+    "disable_adapter",
+    "dump",
+    "load_adapter",
+    "merge",
+    "print_trainable_parameters",
+    "save_adapter",
+    "trainable_parameters",
+    "unload",
+    "unmerge",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,164 @@
+"""The verbs on a user's model: add adapters, choose which act and train, switch them off, take them away."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import nn
+
+from misscompile.config import coerce_config
+from misscompile.errors import ArgumentError, MissWarning, StateError
+from misscompile.passes.install import find_foreign_forward
+from misscompile.passes.register import create_blocks, register_blocks
+from misscompile.pipeline import refresh_owner, restore_owner, specialize
+from misscompile.plan import Plan
+from misscompile.planning import plan_adapter
+from misscompile.state import (
+    STATE,
+    OwnerState,
+    check_enabled,
+    owner_states,
+    owners,
+    swap_base_weight,
+    transaction,
+    unwrap_model,
+)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def adapt(model: M, config: object, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True) -> M:
+    """Add a MiSS adapter to `model` in place: freeze the base, register the blocks, rewrite the linear call sites.
+
+    The module tree, the classes (`isinstance`), the parameter names and the base `state_dict` stay as they were; each
+    adapted linear gains one parameter `miss_block_<adapter_name>`. The new adapter becomes the active one.
+
+    Args:
+        model: any `nn.Module`; a `torch.compile` or data-parallel wrapper is adapted inside.
+        config: a `MissConfig`, a `peft.MissConfig` or a dict of its fields.
+        adapter_name: without dots, not in use on this model.
+        autocast_adapter_dtype: keep blocks in float32 where the base weight is 16-bit; False gives them its dtype.
+
+    Returns:
+        `model`, the same object.
+
+    Raises:
+        ConfigError: a field is not valid, or does not fit a chosen module (the message has the values that would do).
+        NoMatchError: the rules choose no module.
+        UnsupportedModuleError: a module was named on which an adapter would have no effect.
+        StateError: the name is in use, or the model is merged or inside `disable_adapter`.
+        ArgumentError: an argument has the wrong type.
+
+    Nothing is changed when it raises. What the rules passed over is told in a `MissWarning` and listed by `dump`.
+    """
+    root = unwrap_model(model)
+    plan = plan_adapter(root, coerce_config(config), adapter_name)
+    create_blocks(plan, autocast_adapter_dtype)
+    install_plan(root, plan)
+    return model
+
+
+def install_plan(root: nn.Module, plan: Plan) -> None:
+    """Carry out a complete plan, all or nothing, and tell what it passed over."""
+    foreign = {t.name: find_foreign_forward(t.owner) for t in plan.targets if STATE not in vars(t.owner)}
+    for target in plan.targets:  # build every class before the first change: a rewrite that fails changes nothing
+        specialize(target.owner, (target.in_features, target.out_features), (target.block,))
+    with transaction(root, [target.owner for target in plan.targets]):
+        register_blocks(plan)
+        for name, forward in foreign.items():
+            owner_states(root)[name].foreign_forward = forward
+        _activate(root, (plan.adapter.name,))
+    for note in plan.notes:
+        warnings.warn(note, MissWarning, stacklevel=3)
+
+
+def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """`(name, parameter)` of everything in `model` that requires a gradient, for an optimizer."""
+    return [(name, parameter) for name, parameter in _module(model).named_parameters() if parameter.requires_grad]
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print PEFT's sentence: trainable and all parameters of `model`, in elements, and their ratio in percent."""
+    parameters = list(_module(model).parameters())
+    every = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    share = 100 * trained / every if every else 0.0
+    print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {share:.4f}")
+
+
+@contextlib.contextmanager
+def disable_adapter(model: M) -> Iterator[M]:
+    """A context in which `model` computes exactly what its base computes; contexts may nest.
+
+    A model that is merged with `keep_adapters=True` gets its base weights back for the time of the context.
+
+    Raises:
+        StateError: the model has no adapter.
+    """
+    adapted = _adapted_owners(model)
+    _shift_disabled(adapted, +1)
+    try:
+        yield model
+    finally:
+        _shift_disabled({name: owner for name, owner in adapted.items() if STATE in vars(owner)}, -1)
+
+
+def unload(model: M) -> M:
+    """Remove every adapter from `model` in place; classes, parameters and base weights are as before `adapt`.
+
+    The base stays frozen. A model merged with `keep_adapters=True` gets its base weights back.
+
+    Returns:
+        `model`, the same object.
+
+    Raises:
+        StateError: the model has no adapter, or is inside `disable_adapter`.
+    """
+    root = unwrap_model(model)
+    adapted = _adapted_owners(model)
+    check_enabled(root, "unload")
+    with transaction(root, ()):
+        for owner in adapted.values():
+            swap_base_weight(owner)
+        for name, owner in adapted.items():
+            restore_owner(owner, name)
+    return model
+
+
+def _activate(root: nn.Module, names: tuple[str, ...]) -> None:
+    """Make exactly these adapters act, and their blocks train; freeze everything else."""
+    for parameter in root.parameters():
+        parameter.requires_grad_(False)
+    for name, owner in owners(root).items():
+        state: OwnerState = vars(owner)[STATE]
+        state.active = tuple(n for n in names if n in state.blocks)
+        for active in state.active:
+            trainable = state.adapters[active].trainable
+            owner.get_parameter(state.blocks[active].parameter).requires_grad_(trainable)
+        refresh_owner(owner, name)
+
+
+def _shift_disabled(adapted: dict[str, nn.Module], step: int) -> None:
+    for name, owner in adapted.items():
+        state: OwnerState = vars(owner)[STATE]
+        was = state.disabled > 0
+        state.disabled += step
+        if was != (state.disabled > 0):
+            swap_base_weight(owner)
+            refresh_owner(owner, name)
+
+
+def _adapted_owners(model: nn.Module) -> dict[str, nn.Module]:
+    found = owners(_module(model))
+    if not found:
+        raise StateError("the model has no adapter: call adapt or load_adapter first.")
+    return found
+
+
+def _module(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: expected a torch.nn.Module, found {type(model).__name__}.")
+    return model

@@ -1,0 +1,188 @@
+"""`merge` and `unmerge`: adapters folded into the weights, for export or on trial."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.utils.parametrize as parametrize
+from torch import Tensor, nn
+
+from misscompile.errors import ArgumentError, MergeError, MissWarning, StateError
+from misscompile.passes.merge import fold_weight
+from misscompile.pipeline import refresh_owner, remove_blocks, restore_owner, trace_scope
+from misscompile.state import (
+    STATE,
+    OwnerState,
+    adapters_of,
+    check_enabled,
+    owner_states,
+    owners,
+    require_adapter,
+    swap_base_weight,
+    unwrap_model,
+    weight_version,
+)
+
+M = TypeVar("M", bound=nn.Module)
+Fold = Callable[[], Tensor]
+Group = list[tuple[str, nn.Module]]
+
+
+def merge(model: M, adapter_names: list[str] | None = None, keep_adapters: bool = False) -> M:
+    """Fold adapters into the weights in place, summed in float32 or wider and rounded once to the dtype of the weight.
+
+    Args:
+        model: an adapted model.
+        adapter_names: the adapters to fold, which are then removed while all others stay. By default the active ones
+            are folded, every adapter is removed, and the modules are plain again.
+        keep_adapters: keep the blocks, and a copy of each base weight, so that `unmerge` brings every bit back.
+
+    Returns:
+        `model`, the same object. A parametrized weight becomes a plain one.
+
+    Raises:
+        MergeError: a result is not finite, or a weight cannot be folded because its module's forward is opaque, it is
+            on the meta device or offloaded, or a module that is not adapted shares it. Nothing is changed then.
+        StateError: the model has no adapter, is merged already, or is inside `disable_adapter`.
+        UnknownAdapterError: a name is not on the model.
+
+    If it is interrupted, each module is either merged and plain or still adapted: the model computes the same.
+    """
+    root = unwrap_model(model)
+    names = _names_to_merge(root, adapter_names)
+    groups = _weight_groups(root, names)
+    folds = [_plan_fold(group, names, keep_adapters) for group in groups]
+    for fold in folds:  # every result is computed and checked before the first weight changes
+        fold()
+    for group, fold in zip(groups, folds, strict=True):
+        _commit(group, fold(), names, keep_adapters)
+    if adapter_names is None and not keep_adapters:
+        left = [name for name in adapters_of(root) if name not in names]
+        for name, owner in owners(root).items():
+            restore_owner(owner, name)
+        if left:
+            warnings.warn(f"merge removed the inactive adapters {left} without folding them.", MissWarning, stacklevel=2)
+    return model
+
+
+def unmerge(model: M) -> M:
+    """Undo `merge(model, keep_adapters=True)`: the base weights return bit for bit and the adapters act again.
+
+    Returns:
+        `model`, the same object.
+
+    Raises:
+        StateError: nothing is merged, or the model is inside `disable_adapter`.
+        MergeError: a weight was changed since it was merged, so that its base is no longer the kept one.
+    """
+    root = unwrap_model(model)
+    check_enabled(root, "unmerge")
+    merged = {name: owner for name, owner in owners(root).items() if vars(owner)[STATE].merged}
+    if not merged:
+        raise StateError("nothing is merged: unmerge undoes merge(model, keep_adapters=True).")
+    for name, owner in merged.items():
+        state: OwnerState = vars(owner)[STATE]
+        if state.merged_version is not None and not _is_current(state.merged_version, weight_version(owner)):
+            raise MergeError(
+                f"{name}: its weight was changed after it was merged, so unmerge would throw that change away. "
+                "Load the base weights again, or keep the merged ones with unload(model)."
+            )
+    for name, owner in merged.items():
+        state = vars(owner)[STATE]
+        swap_base_weight(owner)
+        state.merged, state.base_weight, state.merged_version = (), None, None
+        refresh_owner(owner, name)
+    return model
+
+
+def _names_to_merge(root: nn.Module, adapter_names: object) -> tuple[str, ...]:
+    states = owner_states(root)
+    if not states:
+        raise StateError("the model has no adapter: there is nothing to merge.")
+    check_enabled(root, "merge")
+    merged = {name: state.merged for name, state in states.items() if state.merged}
+    if merged:
+        name, adapters = next(iter(merged.items()))
+        raise StateError(f"{name} holds the merged adapter {adapters[0]!r} already: call unmerge(model) first.")
+    if adapter_names is None:
+        names = tuple(dict.fromkeys(name for state in states.values() for name in state.active))
+    elif isinstance(adapter_names, (list, tuple)):
+        names = tuple(require_adapter(root, name).name for name in adapter_names)
+    else:
+        raise ArgumentError(f"adapter_names: expected a list of names, found {type(adapter_names).__name__}.")
+    if not names:
+        raise StateError("no adapter is active: name the adapters to merge.")
+    return names
+
+
+def _weight_groups(root: nn.Module, names: tuple[str, ...]) -> list[Group]:
+    """The owners that hold blocks of `names`, those that share a weight together."""
+    groups: dict[object, Group] = {}
+    for name, owner in owners(root).items():
+        if any(n in vars(owner)[STATE].blocks for n in names):
+            weight = owner._parameters.get("weight")
+            groups.setdefault(name if weight is None else id(weight), []).append((name, owner))
+    adapted = {owner for group in groups.values() for _, owner in group}
+    for module_name, module in root.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if module not in adapted and id(parameter) in groups:
+                raise MergeError(
+                    f"{groups[id(parameter)][0][0]} shares its weight with {module_name}.{parameter_name}, which the "
+                    "adapter does not act on: merging would change both. Untie first: give the module a weight of its own "
+                    "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
+                    "`model.config.tie_word_embeddings = False` for an output layer), then merge."
+                )
+    return list(groups.values())
+
+
+def _plan_fold(group: Group, names: tuple[str, ...], keep_adapters: bool) -> Fold:
+    name, owner = group[0]
+    state: OwnerState = vars(owner)[STATE]
+    scope = trace_scope(owner, (state.in_features, state.out_features))
+    if scope.opaque is not None:
+        raise MergeError(f"{name}: {scope.opaque}, so that its update cannot be shown to be one of its weight.")
+    if parametrize.is_parametrized(owner, "weight") and keep_adapters:
+        raise MergeError(
+            f"{name}: its weight is parametrized, and a merge into it cannot be undone; merge without keep_adapters."
+        )
+    if owner.weight.is_meta:
+        raise MergeError(f"{name}: its weight is on the meta device or offloaded; load it first.")
+    blocks = tuple(state.blocks[n] for n in names if n in state.blocks)
+    stays = [b for b in state.blocks.values() if b not in blocks and b.variant == "bat" and b.adapter in state.active]
+    if stays:
+        raise MergeError(
+            f"{name}: the 'bat' adapter {stays[0].adapter!r} that would stay active is a function of the base weight, "
+            "which merging changes. Merge it too, or deactivate it first."
+        )
+    return lambda: fold_weight(owner, blocks, name, transposed=scope.sites[0].layout == "in_out")
+
+
+def _commit(group: Group, merged: Tensor, names: tuple[str, ...], keep_adapters: bool) -> None:
+    first = group[0][1]
+    if keep_adapters:
+        vars(first)[STATE].base_weight = first.weight.detach().clone()
+    for name, owner in group:
+        state: OwnerState = vars(owner)[STATE]
+        if keep_adapters:
+            state.merged = tuple(n for n in names if n in state.blocks)
+            refresh_owner(owner, name)
+        else:
+            remove_blocks(owner, names, name)
+    _write_weight(first, merged)
+    if keep_adapters:
+        for _, owner in group:
+            vars(owner)[STATE].merged_version = weight_version(owner)
+
+
+@torch.no_grad()
+def _write_weight(owner: nn.Module, merged: Tensor) -> None:
+    if parametrize.is_parametrized(owner, "weight"):
+        parametrize.remove_parametrizations(owner, "weight", leave_parametrized=True)
+    owner.get_parameter("weight").copy_(merged)
+
+
+def _is_current(kept: tuple[int, int], now: tuple[int, int]) -> bool:
+    return kept[0] != now[0] or kept == now  # another tensor (a copied or loaded model) has counts of its own

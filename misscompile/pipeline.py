@@ -1,0 +1,154 @@
+"""The order of the passes, the one runner, and the derivation of an owner's class from its record.
+
+nn.Module ─ trace ─ find ─ plan ─ create ─ register ─ insert ─ generate ─ install ─▶ the same nn.Module
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from misscompile.passes.find import find_sites, linear_shape
+from misscompile.passes.insert import insert_updates
+from misscompile.passes.install import (
+    AdaptedOwner,
+    check_class,
+    find_foreign_forward,
+    generate_forward,
+    make_class,
+    readable_code,
+    set_class,
+)
+from misscompile.passes.trace import make_opaque, trace_forward
+from misscompile.plan import Block, Scope
+from misscompile.state import STATE, OwnerState
+
+logger = logging.getLogger("misscompile.passes")
+
+ScopePass = Callable[[Scope], None]
+
+ADAPT: tuple[ScopePass, ...] = (find_sites, insert_updates, generate_forward)
+"""What happens to the traced graph of an owner, in this order."""
+
+_traced: dict[Any, Scope] = {}
+_classes: dict[Any, type[AdaptedOwner]] = {}
+
+
+def run_passes(passes: Sequence[ScopePass], scope: Scope) -> None:
+    """Run `passes` over `scope` in their order, lint the graph after each, and log it where a pass changed it (DEBUG)."""
+    before = ""
+    for scope_pass in passes:
+        scope_pass(scope)
+        scope.graph.lint()
+        if logger.isEnabledFor(logging.DEBUG) and (after := str(scope.graph)) != before:
+            logger.debug("%s after %s:\n%s", scope.base_class.__name__, scope_pass.__name__, after)
+            before = after
+
+
+def trace_scope(owner: nn.Module, shape: tuple[int, int]) -> Scope:
+    """The scope of an owner as its base class defines it, with its sites found; owners of equal structure share it.
+
+    Args:
+        owner: a linear module, adapted or not; it is not changed.
+        shape: its `(in_features, out_features)`.
+    """
+    state: OwnerState | None = vars(owner).get(STATE)
+    foreign = state.foreign_forward if state else find_foreign_forward(owner)
+    key = _structure(owner) if foreign is None else None
+    scope = _traced.get(key)
+    if scope is None:
+        weight = owner._parameters.get("weight")
+        dtype = weight.dtype if isinstance(weight, torch.Tensor) else None
+        scope = Scope(state.base_class if state else type(owner), *shape, weight_dtype=dtype)
+        trace_forward(scope, owner, foreign)
+        find_sites(scope)
+        if not scope.sites:
+            make_opaque(scope, owner, foreign, "its forward does not call its own weight as a linear")
+            find_sites(scope)
+        scope.base_code = readable_code(scope.graph.python_code(root_module="self").src)
+        if key is not None:
+            _traced[key] = scope
+    return scope
+
+
+def specialize(owner: nn.Module, shape: tuple[int, int], blocks: tuple[Block, ...]) -> type[AdaptedOwner]:
+    """The class that makes `owner` compute its base forward plus `blocks`; built once for each structure and set.
+
+    Raises:
+        UnsupportedModuleError: a block cannot be inserted into this owner's forward.
+    """
+    base = trace_scope(owner, shape)
+    structure = _structure(owner)
+    key = (structure, blocks) if _traced.get(structure) is base else None
+    found = _classes.get(key)
+    if found is None:
+        scope = Scope(
+            base.base_class,
+            base.in_features,
+            base.out_features,
+            base.weight_dtype,
+            graph=copy.deepcopy(base.graph),
+            opaque=base.opaque,
+            blocks=blocks,
+            base_code=base.base_code,
+        )
+        run_passes(ADAPT, scope)
+        found = make_class(scope)
+        if key is not None:
+            _classes[key] = found
+    return found
+
+
+def refresh_owner(owner: nn.Module, name: str = "the module") -> None:
+    """Derive the class of an owner from its record again, after either changed."""
+    state: OwnerState = vars(owner)[STATE]
+    check_class(owner, name)
+    blocks = state.effective_blocks()
+    new_class = specialize(owner, (state.in_features, state.out_features), blocks)
+    set_class(owner, new_class, state.foreign_forward, inserted=bool(blocks))
+
+
+def restore_owner(owner: nn.Module, name: str = "the module") -> None:
+    """Remove every trace of adapters from an owner: parameters, record, class, forward."""
+    state: OwnerState = vars(owner)[STATE]
+    check_class(owner, name)
+    for block in state.blocks.values():
+        owner._parameters.pop(block.parameter, None)
+    set_class(owner, state.base_class, state.foreign_forward, inserted=False)
+    del vars(owner)[STATE]
+
+
+def remove_blocks(owner: nn.Module, adapter_names: Sequence[str], name: str = "the module") -> None:
+    """Take the blocks of some adapters off an owner; without any block left it is plain again."""
+    state: OwnerState = vars(owner)[STATE]
+    if not set(state.blocks) - set(adapter_names):
+        restore_owner(owner, name)
+        return
+    state.active = tuple(n for n in state.active if n not in adapter_names)
+    refresh_owner(owner, name)
+    for adapter in adapter_names:
+        state.adapters.pop(adapter, None)
+        block = state.blocks.pop(adapter, None)
+        if block is not None:
+            owner._parameters.pop(block.parameter)
+
+
+def _structure(owner: nn.Module) -> Any:
+    """What a trace of the owner's base forward can depend on; equal keys mean equal graphs.
+
+    A traced forward reads no plain attribute but its shape (`passes.trace` refuses it otherwise).
+    """
+    state: OwnerState | None = vars(owner).get(STATE)
+    ours = {block.parameter for block in state.blocks.values()} if state else set()
+    tensors = [(n, p) for n, p in (*owner._parameters.items(), *owner._buffers.items()) if n not in ours]
+    return (
+        state.base_class if state else type(owner),
+        linear_shape(owner),
+        tuple((name, None if t is None else (t.dtype, tuple(t.shape), type(t))) for name, t in tensors),
+        tuple((name, type(child)) for name, child in owner._modules.items()),
+    )

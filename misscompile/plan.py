@@ -1,0 +1,100 @@
+"""The words the passes share: Block, Adapter, Site, Scope, Refusal, Target and Plan. Data only, no behaviour."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from misscompile.config import MissConfig, Variant
+
+Layout = Literal["out_in", "in_out", "opaque"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What one adapter registered on one owner: enough to derive the owner's forward, nothing more."""
+
+    adapter: str
+    variant: Variant
+    r: int
+    mini_r: int
+    dropout: float
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter on the owner."""
+        return f"miss_block_{self.adapter}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A module that looked like a target, and why an adapter on it could not take effect."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Adapter:
+    """A name, its config, and what its rules passed over. One object, shared by all owners of the adapter."""
+
+    name: str
+    config: MissConfig
+    trainable: bool = True
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclasses.dataclass
+class Site:
+    """One linear call site of a scope: the node that computes `y` and its operands."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node | None
+    layout: Layout
+
+
+@dataclasses.dataclass(eq=False)
+class Scope:
+    """One traced graph and the structure of module it stands for: owners of equal structure share a scope."""
+
+    base_class: type[nn.Module]
+    in_features: int
+    out_features: int
+    weight_dtype: torch.dtype | None
+    graph: fx.Graph = dataclasses.field(default_factory=fx.Graph)
+    opaque: str | None = None
+    """Why the base forward stays one opaque node, or None where it was traced."""
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    blocks: tuple[Block, ...] = ()
+    base_code: str = ""
+    code: str = ""
+    forward: Callable[..., Any] | None = None
+
+
+@dataclasses.dataclass
+class Target:
+    """One module chosen by the rules: its canonical name, the owner, and the block it gets."""
+
+    name: str
+    owner: nn.Module
+    in_features: int
+    out_features: int
+    block: Block
+    opaque: str | None
+
+
+@dataclasses.dataclass
+class Plan:
+    """Everything an adapt will do, checked before the first change."""
+
+    adapter: Adapter
+    targets: list[Target]
+    notes: list[str]
+    parameters: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
+    """The new block of each target, by target name; targets that share a weight share the parameter."""

@@ -1,0 +1,221 @@
+"""From a model and a config to a complete, checked `Plan`. Nothing here changes the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from misscompile import variants
+from misscompile.config import MissConfig
+from misscompile.errors import ArgumentError, ConfigError, NoMatchError, StateError, UnsupportedModuleError
+from misscompile.model_types import TARGETS_BY_MODEL_TYPE
+from misscompile.passes.bypass import find_bypassed
+from misscompile.passes.find import linear_shape
+from misscompile.passes.install import find_foreign_forward
+from misscompile.passes.trace import probe_opaque
+from misscompile.pipeline import trace_scope
+from misscompile.plan import Adapter, Block, Plan, Refusal, Target
+from misscompile.state import STATE, check_enabled, owner_states
+from misscompile.targets import Selection, select_names
+
+_CLASSIFIER_NAMES = ("score", "classifier")
+_SHOWN = 5
+
+
+def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Plan:
+    """Choose the modules, look at each, and say what will be registered where.
+
+    Raises:
+        ConfigError, NoMatchError, UnsupportedModuleError, StateError, ArgumentError: see `misscompile.adapt`.
+    """
+    check_adapter_name(model, adapter_name)
+    _check_fields(config)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if linear_shape(model) is None:
+        del modules[""]
+    selection = _select(model, config, modules)
+    implicit = config.selects_all_linear  # found by a rule, not named: what cannot be adapted is passed over and told
+    bypassed = find_bypassed(model)
+    block = Block(adapter_name, config.variant, config.r, config.mini_r, float(config.miss_dropout))
+    targets: list[Target] = []
+    refusals: list[Refusal] = _fused_experts(modules) if implicit else []
+    for name, owner in _once(selection.chosen, modules):
+        found = _target(name, owner, block, bypassed)
+        if isinstance(found, Target):
+            targets.append(found)
+        else:
+            refusals.append(found)
+    _check_refusals(refusals, targets, implicit)
+    _check_shapes(targets, config)
+    notes = [*selection.notes, *(f"{r.name} ({r.kind}) is not adapted: {r.reason}" for r in refusals)]
+    adapter = Adapter(adapter_name, config, refusals=tuple(refusals))
+    return Plan(adapter, targets, notes + _shared_weights(model, targets))
+
+
+def check_adapter_name(model: nn.Module, name: object) -> None:
+    """Refuse a name that cannot be a new adapter of `model`, and a model that cannot take one now."""
+    if not isinstance(name, str):
+        raise ArgumentError(f"adapter_name: expected a string, found {type(name).__name__}.")
+    if not name or "." in name:
+        raise ConfigError(
+            f"adapter_name={name!r}: a name becomes part of a parameter name, so it must not be empty or hold a dot; "
+            f"{name.replace('.', '_') or 'default'!r} would do."
+        )
+    check_enabled(model, "adapt")
+    for owner_name, state in owner_states(model).items():
+        if name in state.blocks:
+            raise StateError(
+                f"adapter_name={name!r} is in use ({owner_name}): choose another name, or remove that adapter first with "
+                "unload(model)."
+            )
+        if state.merged:
+            raise StateError(
+                f"{owner_name} holds the merged adapter {state.merged[0]!r}: call unmerge(model) before adapting again."
+            )
+
+
+def _check_fields(config: MissConfig) -> None:
+    for field, off in (("bias", "none"), ("modules_to_save", None)):
+        if getattr(config, field) != off:
+            raise ConfigError(
+                f"MissConfig.{field}={getattr(config, field)!r}: training base parameters beside the blocks is not "
+                f"supported by this version; set it to {off!r}."
+            )
+
+
+def _once(names: Iterable[str], modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Each chosen module under its canonical name: the first under which the model reaches it."""
+    canonical: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        canonical.setdefault(module, name)
+    for owner in dict.fromkeys(modules[name] for name in names):
+        yield canonical[owner], owner
+
+
+def _select(model: nn.Module, config: MissConfig, modules: dict[str, nn.Module]) -> Selection:
+    linears = {name: module for name, module in modules.items() if _is_linear(module)}
+    targets: Collection[str] | str
+    if config.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type not in TARGETS_BY_MODEL_TYPE:
+            suffixes = dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears)
+            known = difflib.get_close_matches(str(model_type), list(TARGETS_BY_MODEL_TYPE), n=2)
+            raise ConfigError(
+                f"target_modules=None: there is no default for model_type={model_type!r}"
+                f"{f' (close: {known})' if known else ''}. Set target_modules to 'all-linear' or to some of the linear "
+                f"names of this model: {', '.join(suffixes) or 'none found'}."
+            )
+        targets = TARGETS_BY_MODEL_TYPE[model_type]
+    else:
+        targets = config.target_modules
+    outputs = _output_layers(model, config)
+    all_linear = [name for name, module in linears.items() if module not in outputs]
+    return select_names(config, list(modules), targets, all_linear)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    named_linear = "linear" in type(module).__name__.lower() or hasattr(module, "nf")
+    return isinstance(module, nn.Linear) or (named_linear and linear_shape(module) is not None)
+
+
+def _output_layers(model: nn.Module, config: MissConfig) -> set[nn.Module]:
+    """What "all-linear" leaves out: the output embedding, or the head of a sequence classifier."""
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    if output is not None:
+        return {output}
+    if config.task_type == "SEQ_CLS":
+        heads = (getattr(model, name, None) for name in _CLASSIFIER_NAMES)
+        head = next((head for head in heads if isinstance(head, nn.Module)), None)
+        return set() if head is None else {head, *head.modules()}
+    return set()
+
+
+def _target(name: str, owner: nn.Module, block: Block, bypassed: dict[nn.Module, str]) -> Target | Refusal:
+    kind = type(owner).__name__
+    shape = linear_shape(owner)
+    if shape is None:
+        return Refusal(name, kind, f"it is not a linear module{_linears_inside(name, owner)}")
+    if owner in bypassed:
+        return Refusal(name, kind, bypassed[owner])
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in owner.parameters(recurse=False)):
+        return Refusal(name, kind, "its shape is not known yet; run the model once on real input first")
+    if getattr(getattr(owner, "_hf_hook", None), "offload", False):
+        return Refusal(name, kind, "accelerate offloads its weight; adapt the model before dispatching it")
+    if STATE not in vars(owner) and hasattr(owner, block.parameter):
+        return Refusal(name, kind, f"it already has an attribute {block.parameter!r}")
+    scope = trace_scope(owner, shape)
+    if scope.opaque is not None:
+        problem = None if find_foreign_forward(owner) else probe_opaque(owner, scope.base_class, shape)
+        if problem is None and block.variant == "bat":
+            problem = f"{scope.opaque}, and 'bat' needs the weight itself (init_weights=True or 'mini' do not)"
+        if problem is not None:
+            return Refusal(name, kind, problem)
+    return Target(name, owner, *shape, block, scope.opaque)
+
+
+def _linears_inside(name: str, owner: nn.Module) -> str:
+    inside = [f"{name}.{child}" for child, module in owner.named_modules() if child and _is_linear(module)]
+    return f" (the linears inside: {', '.join(inside[:_SHOWN])})" if inside else ""
+
+
+def _fused_experts(modules: dict[str, nn.Module]) -> list[Refusal]:
+    found: list[Refusal] = []
+    for name, module in _once(modules, modules):
+        if type(module).__module__.startswith("torch.nn."):
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and "miss_block" not in parameter_name and min(parameter.shape) > 1:
+                shape = "×".join(map(str, parameter.shape))
+                reason = f"its {parameter_name} ({shape}) is a stack of fused weights, not a linear"
+                found.append(Refusal(name, type(module).__name__, reason))
+                break
+    return found
+
+
+def _check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], implicit: bool) -> None:
+    if implicit and targets:
+        return
+    if refusals:
+        lines = [f"\n  {r.name} ({r.kind}): {r.reason}" for r in refusals[:_SHOWN]]
+        more = f"\n  … and {len(refusals) - _SHOWN} more" if len(refusals) > _SHOWN else ""
+        if implicit:
+            raise NoMatchError(f"target_modules='all-linear': no linear of this model can be adapted.{''.join(lines)}{more}")
+        raise UnsupportedModuleError(
+            f"target_modules names modules on which an adapter would have no effect:{''.join(lines)}{more}\n"
+            "Name other modules, or add these to exclude_modules."
+        )
+
+
+def _check_shapes(targets: Sequence[Target], config: MissConfig) -> None:
+    problems = [
+        f"\n  {t.name} ({t.in_features}→{t.out_features}): {problem}"
+        for t in targets
+        if (problem := variants.shape_problem(config.variant, config.r, config.mini_r, t.in_features, t.out_features))
+    ]
+    if problems:
+        more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        field = "mini_r" if config.variant == "mini" and config.r <= min(t.in_features for t in targets) else "r"
+        raise ConfigError(
+            f"MissConfig.{field}={getattr(config, field)} does not fit {len(problems)} of {len(targets)} chosen modules:"
+            f"{''.join(problems[:_SHOWN])}{more}"
+        )
+
+
+def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """A note for each adapted weight that modules outside the plan use too: the merge will refuse it."""
+    owners = {target.owner for target in targets}
+    users: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if module not in owners:
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                users[id(parameter)] = f"{name}.{parameter_name}" if name else parameter_name
+    return [
+        f"{target.name} shares its weight with {users[id(weight)]}: the adapter acts on this module alone, and merge will "
+        "refuse until the weight is untied"
+        for target in targets
+        if isinstance(weight := target.owner._parameters.get("weight"), torch.Tensor) and id(weight) in users
+    ]

@@ -1,0 +1,142 @@
+"""The algebra of MiSS (arXiv 2409.15371): balance, mini and bat as plain tensor code.
+
+Nothing here builds a graph or looks into a module. The insert pass traces the `add_*` functions and splices their
+operations in at a linear call site; the merge uses `delta_weight`. Symbols: a site computes `y = x Wᵀ + b` with `x (…, in)`,
+`W (out, in)`; `r` is the rank, `m` is `mini_r`, `n = ceil(in / r)`.
+
+| variant | block            | update                                                  |
+|---------|------------------|---------------------------------------------------------|
+| balance | `D (r, out)`     | `ΔW[o, i] = D[i mod r, o]`                              |
+| mini    | `D (r, m)`       | `ΔW[o, i] = D[i mod r, o mod m]`                        |
+| bat     | `B (out/r, r, r)`| `ΔW[o, k] = W[o, k] B[o] + B[o]`, W in `r×r` blocks     |
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor
+
+from misscompile.config import Variant
+
+
+def block_shape(variant: Variant, r: int, mini_r: int, in_features: int, out_features: int) -> tuple[int, ...]:
+    """Shape of the trainable block of one linear of shape `(out_features, in_features)`."""
+    if variant == "bat":
+        return (out_features // r, r, r)
+    return (r, mini_r if variant == "mini" else out_features)
+
+
+def shape_problem(variant: Variant, r: int, mini_r: int, in_features: int, out_features: int) -> str | None:
+    """Why these values do not fit a linear of this shape and which would, or None when they fit."""
+    if r > in_features:
+        return f"r={r} is more than its {in_features} input features; r of 1 to {in_features} would do"
+    if variant == "bat" and (in_features % r or out_features % r):
+        fitting = _divisors(math.gcd(in_features, out_features))
+        return f"'bat' needs an r that divides in and out, r={r} does not; r of {fitting} would do"
+    if variant == "mini" and out_features % mini_r:
+        return (
+            f"'mini' needs a mini_r that divides out, mini_r={mini_r} does not; mini_r of {_divisors(out_features)} would do"
+        )
+    return None
+
+
+def init_block(block: Tensor, random_start: bool) -> None:
+    """Write the start values in place: zeros, so that the update is zero, or Kaiming-uniform with `a = sqrt(5)`."""
+    if random_start:
+        torch.nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+    else:
+        torch.nn.init.zeros_(block)
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """dtype in which the shards of `x` are summed: float32, or float64 for float64 input."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def match_dtype(s: Tensor, block: Tensor, y: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    """`s` and `block` in the dtype of `y`, for a product with the dtype of the base output.
+
+    A sum of `terms` float16 values can exceed float16's range although each value is finite; then zero times infinity
+    would make an untrained adapter differ from its base. A power of two moved from `s` to `block` leaves the product
+    the same and keeps `s` within the largest value of `x`.
+    """
+    if y.dtype == torch.float16:
+        scale = float(2 ** (terms - 1).bit_length())
+        return (s / scale).to(y.dtype), (block * scale).to(y.dtype)
+    return s.to(y.dtype), block.to(y.dtype)
+
+
+def sum_shards(x: Tensor, in_features: int, r: int) -> Tensor:
+    """`s[…, j] = Σ_k x[…, k r + j]`, shape `(…, r)`, in `accumulation_dtype(x)`; `x` is neither cast nor padded."""
+    n, rest = divmod(in_features, r)
+    dtype = accumulation_dtype(x)
+    if rest == 0:
+        return x.unflatten(-1, (n, r)).sum(-2, dtype=dtype)
+    whole = x[..., : n * r].unflatten(-1, (n, r)).sum(-2, dtype=dtype)
+    return whole + F.pad(x[..., n * r :], (0, r - rest))
+
+
+def add_balance(y: Tensor, x: Tensor, block: Tensor, in_features: int, r: int) -> Tensor:
+    """`y + s D`: y `(…, out)`, x `(…, in)`, block `(r, out)`; the result has the dtype of `y`."""
+    s, d = match_dtype(sum_shards(x, in_features, r), block, y, -(-in_features // r))
+    return y + s @ d
+
+
+def add_mini(y: Tensor, x: Tensor, block: Tensor, in_features: int, out_features: int, r: int, mini_r: int) -> Tensor:
+    """`y + s D`, the `m` columns of `s D` broadcast over the `out / m` groups of `y`; block `(r, m)`."""
+    s, d = match_dtype(sum_shards(x, in_features, r), block, y, -(-in_features // r))
+    grouped = y.unflatten(-1, (out_features // mini_r, mini_r)) + (s @ d).unsqueeze(-2)
+    return grouped.flatten(-2)
+
+
+def bat_delta(weight: Tensor, block: Tensor, in_features: int, out_features: int, r: int) -> Tensor:
+    """`ΔW (out, in)` of bat from `weight (out, in)` and `block (out/r, r, r)`, in the dtype of `weight`.
+
+    A row block of `W` is `r` rows of `in/r` shards of length `r`; in memory that is one `(r·in/r, r)` matrix, so that
+    all `W[o, k] B[o]` of a model layer are one batched product without a permutation.
+    """
+    rows, shards = out_features // r, in_features // r
+    b = block.to(weight.dtype)
+    product = torch.bmm(weight.reshape(rows, r * shards, r), b)
+    return (product.view(rows, r, shards, r) + b.unsqueeze(2)).view(out_features, in_features)
+
+
+def bat_weight(weight: Tensor, base: Tensor, block: Tensor, in_features: int, out_features: int, r: int) -> Tensor:
+    """`weight + ΔW` with `ΔW` computed from `base`, so that several bat adapters do not depend on their order."""
+    return weight + bat_delta(base, block, in_features, out_features, r)
+
+
+def add_bat(y: Tensor, x: Tensor, base: Tensor, block: Tensor, in_features: int, out_features: int, r: int) -> Tensor:
+    """`y + x ΔWᵀ`: a product of its own, since a 16-bit `W + ΔW` would lose updates below half a unit of `W`."""
+    return y + F.linear(x, bat_delta(base, block, in_features, out_features, r))
+
+
+def drop_input(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout on the elements of `x` before the shards are summed."""
+    return F.dropout(x, p, training)
+
+
+def delta_weight(variant: Variant, block: Tensor, weight: Tensor) -> Tensor:
+    """`ΔW (out, in)` of any variant for the merge, in the dtype of `weight (out, in)`, which should be float32 or wider."""
+    out_features, in_features = weight.shape
+    d = block.to(weight.dtype)
+    if variant == "bat":
+        return bat_delta(weight, d, in_features, out_features, d.shape[-1])
+    r, columns = d.shape
+    tiled = d.t().repeat(out_features // columns, -(-in_features // r))
+    return tiled[:, :in_features]
+
+
+# The two functions that look at a dtype stay one node each when the insert pass traces this file: the dtype is known
+# only when the model runs (autocast, a later `.half()`).
+torch.fx.wrap("accumulation_dtype")
+torch.fx.wrap("match_dtype")
+
+
+def _divisors(number: int) -> str:
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(found if len(found) <= 12 else [*found[:4], "…", *found[-7:]])

@@ -1,0 +1,113 @@
+"""Show what was rewritten where: a table of sites and refusals, or the code of each distinct scope before and after."""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+from misscompile.passes.insert import folds_into_weight
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from misscompile import cost
+from misscompile.errors import ArgumentError, StateError
+from misscompile.pipeline import trace_scope
+from misscompile.plan import Block, Scope
+from misscompile.state import OwnerState, adapters_of, owner_states, owners, unwrap_model
+
+TOKENS = 1024
+"""Tokens of the step whose FLOPs the table counts; only bat's share depends on it."""
+
+
+def dump(model: nn.Module, format: Literal["text", "code"] = "text") -> str:
+    """A readable account of an adapted model.
+
+    Args:
+        model: an adapted model, or a wrapper around it.
+        format: `"text"`, a table with a row for each site and adapter (name, kind, in→out, variant, r, parameters,
+            FLOPs that the adapter adds to its base in a training step of 1,024 tokens, and the site's share of the FLOPs
+            of all adapted sites), then every module that the rules chose and the plan refused, with the reason;
+            `"code"`, the torch.fx code of each distinct scope before and after the rewrite.
+
+    Raises:
+        StateError: the model has no adapter.
+        ArgumentError: an unknown format.
+    """
+    root = unwrap_model(model)
+    if not owner_states(root):
+        raise StateError("the model has no adapter: there is nothing to dump.")
+    if format == "text":
+        return _text(root)
+    if format == "code":
+        return _code(root)
+    raise ArgumentError(f"format={format!r}: expected 'text' or 'code'.")
+
+
+def _text(root: nn.Module) -> str:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in ("site", "kind", "adapter"):
+        table.add_column(header, no_wrap=True)
+    for header in ("in→out", "variant", "r", "parameters", "added FLOPs", "share of FLOPs"):
+        table.add_column(header, justify="right", no_wrap=True)
+    adapted = owners(root)
+    rows = []
+    for name, state in owner_states(root).items():
+        scope = trace_scope(adapted[name], (state.in_features, state.out_features))
+        kind = type(adapted[name]).__name__ + (" (opaque)" if scope.opaque else "")
+        for block in state.blocks.values():
+            base, added = _step_flops(scope, block)
+            rows.append((name or "(root)", kind, block, state, adapted[name], base, added))
+    total = sum(base + added for *_, base, added in rows)
+    for name, kind, block, state, owner, base, added in rows:
+        sizes = f"{state.in_features}→{state.out_features}"
+        parameters = f"{owner.get_parameter(block.parameter).numel():,}"
+        variant = f"{block.variant} m={block.mini_r}" if block.variant == "mini" else block.variant
+        shares = f"{added / base:+.2%}", f"{(base + added) / total:.2%}"
+        table.add_row(name, kind, _status(block, state), sizes, variant, str(block.r), parameters, *shares)
+    lines = [_render(table), ""]
+    for adapter in adapters_of(root).values():
+        own = [row for row in rows if row[2].adapter == adapter.name]
+        count = sum(row[4].get_parameter(row[2].parameter).numel() for row in own)
+        lines.append(f"adapter {adapter.name!r}: {len(own)} sites, {count:,} parameters, {len(adapter.refusals)} refused")
+        lines += [f"  refused: {refusal.name} ({refusal.kind}): {refusal.reason}" for refusal in adapter.refusals]
+    return "\n".join(lines)
+
+
+def _status(block: Block, state: OwnerState) -> str:
+    if block.adapter in state.merged:
+        return f"{block.adapter} (merged)"
+    if state.disabled:
+        return f"{block.adapter} (disabled)"
+    return block.adapter if block.adapter in state.active else f"{block.adapter} (inactive)"
+
+
+def _step_flops(scope: Scope, block: Block) -> tuple[int, int]:
+    form: cost.Form
+    if block.variant == "bat":
+        form = "bat one product" if folds_into_weight(scope, block) else "bat two products"
+    else:
+        form = block.variant
+    sizes = TOKENS, scope.in_features, scope.out_features, block.r, block.mini_r
+    return cost.evaluate(cost.BASE_STEP, *sizes), cost.evaluate(cost.STEP[form], *sizes)
+
+
+def _code(root: nn.Module) -> str:
+    names: dict[Scope, list[str]] = {}
+    for name, owner in owners(root).items():
+        scope: Scope = type(owner).scope  # type: ignore[attr-defined]
+        names.setdefault(scope, []).append(name or "(root)")
+    parts = []
+    for scope, sites in names.items():
+        title = f"{scope.base_class.__name__} {scope.in_features}→{scope.out_features}, {len(sites)} owners"
+        listed = ", ".join(sites[:4]) + (", …" if len(sites) > 4 else "")
+        note = f"\n# opaque: {scope.opaque}" if scope.opaque else ""
+        parts.append(f"# {title}: {listed}{note}\n# before\n{scope.base_code}\n\n# after\n{scope.code}")
+    return "\n\n\n".join(parts)
+
+
+def _render(table: Table) -> str:
+    out = io.StringIO()
+    Console(file=out, width=1000, color_system=None, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

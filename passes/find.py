@@ -1,0 +1,64 @@
+"""Find the linear call sites in a traced owner. Read-only.
+
+Matched, with `weight` the owner's own parameter or the product of its parametrization:
+
+    y = F.linear(x, weight, bias?)          layout out_in   nn.Linear and its subclasses
+    y = torch.addmm(bias, x, weight)        layout in_out   transformers' Conv1D
+    y = require_linear_output(self.base_forward(x, …), out)   layout opaque   a forward that was not traced
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from misscompile.passes.trace import require_linear_output
+from torch import fx, nn
+
+from misscompile.plan import Scope, Site
+
+_WEIGHT_SOURCES = ("weight", "parametrizations.weight")
+_SHAPE_ATTRIBUTE_PAIRS = (("in_features", "out_features"), ("nx", "nf"), ("infeatures", "outfeatures"))
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """`(in_features, out_features)` of a module that says it is a linear, else None.
+
+    Linears are `nn.Linear` and its subclasses, `Conv1D`, and packed or quantised modules, which keep both numbers as
+    integer attributes.
+    """
+    for names in _SHAPE_ATTRIBUTE_PAIRS:
+        shape = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(size, int) for size in shape):
+            return shape[0], shape[1]
+    return None
+
+
+def find_sites(scope: Scope) -> None:
+    """Fill `scope.sites` with every call of the owner's weight as a linear; none is an answer too."""
+    scope.sites = [site for node in scope.graph.nodes if (site := _match(node)) is not None]
+
+
+def _match(node: fx.Node) -> Site | None:
+    if node.op != "call_function":
+        return None
+    if node.target is require_linear_output:
+        called = node.args[0]
+        x = called.args[0] if isinstance(called, fx.Node) else None
+        assert isinstance(x, fx.Node)
+        return Site(node, x, None, "opaque")
+    if node.target is F.linear:
+        x, weight = _operand(node, 0, "input"), _operand(node, 1, "weight")
+        layout = "out_in"
+    elif node.target is torch.addmm and not {"beta", "alpha"} & set(node.kwargs):
+        x, weight = _operand(node, 1, "mat1"), _operand(node, 2, "mat2")
+        layout = "in_out"
+    else:
+        return None
+    if x is None or weight is None or weight.target not in _WEIGHT_SOURCES:
+        return None
+    return Site(node, x, weight, layout)  # type: ignore[arg-type]
+
+
+def _operand(node: fx.Node, position: int, keyword: str) -> fx.Node | None:
+    value = node.args[position] if len(node.args) > position else node.kwargs.get(keyword)
+    return value if isinstance(value, fx.Node) else None

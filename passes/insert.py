@@ -1,0 +1,140 @@
+"""Insert the updates of the active blocks at every site of a scope.
+
+balance (mini alike, its product broadcast over groups of the output):
+
+    y = F.linear(x, W, b)      ->   y = F.linear(x, W, b)
+                                    s = x.unflatten(-1, (n, r)).sum(-2)
+                                    z = y + s @ D
+
+bat on float32 and float64 weights, and bat on 16-bit weights or with dropout:
+
+    y = F.linear(x, W, b)      ->   y = F.linear(x, W + bat_delta(W, B), b)
+    y = F.linear(x, W, b)      ->   z = F.linear(x, W, b) + F.linear(x, bat_delta(W, B))
+
+The operations are those of `misscompile.variants`, traced with the site's numbers and spliced in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from misscompile import variants
+from misscompile.errors import UnsupportedModuleError
+from misscompile.plan import Block, Scope, Site
+
+_HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def insert_updates(scope: Scope) -> None:
+    """Rewrite `scope.graph` so that each site adds the update of every block in `scope.blocks`, in their order.
+
+    Raises:
+        UnsupportedModuleError: a bat block on an opaque site, whose weight no graph can reach.
+    """
+    for site in scope.sites:
+        _Rewrite(scope, site).run()
+
+
+def folds_into_weight(scope: Scope, block: Block) -> bool:
+    """Whether bat is one product with `W + ΔW`: as exact as two where W has room for small updates, and cheaper."""
+    return block.dropout == 0.0 and scope.weight_dtype not in _HALF_PRECISION
+
+
+class _Rewrite:
+    """One site being rewritten: the operands as they are in the graph, and the output so far."""
+
+    def __init__(self, scope: Scope, site: Site) -> None:
+        self.scope, self.site, self.graph = scope, site, scope.graph
+        self.y = site.node
+        self.after = site.node.next
+        self.base_weight: fx.Node | None = None
+        self.training: fx.Node | None = None
+
+    def run(self) -> None:
+        users = list(self.site.node.users)
+        effective: fx.Node | None = None
+        for block in self.scope.blocks:
+            if block.variant == "bat" and folds_into_weight(self.scope, block):
+                effective = self._grow_weight(effective, block)
+            else:
+                self._add_to_output(block)
+        if effective is not None:
+            self._replace_weight(effective)
+        for user in users:
+            user.replace_input_with(self.site.node, self.y)
+
+    def _grow_weight(self, effective: fx.Node | None, block: Block) -> fx.Node:
+        sizes = self.scope.in_features, self.scope.out_features, block.r
+        base, parameter = self._weight(), self._parameter(block)
+        rule = lambda weight, base, b: variants.bat_weight(weight, base, b, *sizes)  # noqa: E731
+        return self._splice(rule, (effective or base, base, parameter), block, self.site.node)
+
+    def _replace_weight(self, effective: fx.Node) -> None:
+        assert self.site.weight is not None
+        if self.site.layout == "in_out":
+            effective = self._transpose(effective)
+        self.site.node.replace_input_with(self.site.weight, effective)
+
+    def _add_to_output(self, block: Block) -> None:
+        in_features, out_features, r, mini_r = self.scope.in_features, self.scope.out_features, block.r, block.mini_r
+        x, parameter = self._dropped_input(block), self._parameter(block)
+        operands = (self.y, x, parameter)
+        rule: Callable[..., Any]
+        if block.variant == "bat":
+            rule = lambda y, x, b, weight: variants.add_bat(y, x, weight, b, in_features, out_features, r)  # noqa: E731
+            operands = (*operands, self._weight())
+        elif block.variant == "mini":
+            rule = lambda y, x, d: variants.add_mini(y, x, d, in_features, out_features, r, mini_r)  # noqa: E731
+        else:
+            rule = lambda y, x, d: variants.add_balance(y, x, d, in_features, r)  # noqa: E731
+        self.y = self._splice(rule, operands, block, self.after)
+
+    def _dropped_input(self, block: Block) -> fx.Node:
+        if not block.dropout:
+            return self.site.x
+        if self.training is None:
+            with self.graph.inserting_before(self.site.node):
+                self.training = self.graph.get_attr("training")
+        rule = lambda x, training: variants.drop_input(x, block.dropout, training)  # noqa: E731
+        return self._splice(rule, (self.site.x, self.training), block, self.after)
+
+    def _weight(self) -> fx.Node:
+        """The base weight as `(out, in)`."""
+        if self.site.weight is None:
+            raise UnsupportedModuleError(
+                f"{self.scope.base_class.__name__} cannot take a 'bat' block: {self.scope.opaque}, and bat needs the "
+                "weight itself. Use init_weights=True or 'mini', or exclude the module."
+            )
+        if self.base_weight is None:
+            transposed = self.site.layout == "in_out"
+            self.base_weight = self._transpose(self.site.weight) if transposed else self.site.weight
+        return self.base_weight
+
+    def _parameter(self, block: Block) -> fx.Node:
+        with self.graph.inserting_before(self.site.node):
+            return self._tag(self.graph.get_attr(block.parameter), block)
+
+    def _transpose(self, weight: fx.Node) -> fx.Node:
+        with self.graph.inserting_before(self.site.node):
+            return self.graph.call_method("t", (weight,))
+
+    def _splice(self, rule: Callable[..., Any], operands: tuple[fx.Node, ...], block: Block, anchor: fx.Node) -> fx.Node:
+        """Trace `rule` and copy its nodes before `anchor`, its placeholders standing for `operands`."""
+        traced = fx.Tracer().trace(rule)
+        placeholders = [node for node in traced.nodes if node.op == "placeholder"]
+        mapping = dict(zip(placeholders, operands, strict=True))
+        with self.graph.inserting_before(anchor):
+            result = self.graph.graph_copy(traced, mapping)
+        for node in traced.nodes:
+            if node.op not in ("placeholder", "output"):
+                self._tag(mapping[node], block)
+        assert isinstance(result, fx.Node)
+        return result
+
+    def _tag(self, node: fx.Node, block: Block) -> fx.Node:
+        node.meta["misscompile"] = {"pass": "insert_updates", "site": self.site.node.name, "adapter": block.adapter}
+        return node

@@ -1,0 +1,152 @@
+"""Generate a forward from a rewritten graph and install it as the class of its owners.
+
+    type(q_proj) is nn.Linear   ->   type(q_proj) is a cached subclass of nn.Linear whose forward is the generated code
+
+as FSDP2 and `torch.nn.utils.parametrize` do. Owners of equal structure share the class, hence also one compiled graph.
+The class is always derived from the owner's `OwnerState`: copies and unpickled modules derive it again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from misscompile.passes.trace import BASE_FORWARD
+from torch import nn
+
+from misscompile.errors import StateError
+from misscompile.plan import Scope
+from misscompile.state import STATE, OwnerState
+
+_serial = itertools.count()
+
+
+def generate_forward(scope: Scope) -> None:
+    """Compile `scope.graph` to Python: `scope.code` and `scope.forward(self, …)`, visible to tracebacks and debuggers."""
+    python = scope.graph.python_code(root_module="self")
+    scope.code = readable_code(python.src)
+    filename = f"<misscompile {scope.base_class.__name__} {next(_serial)}>"
+    linecache.cache[filename] = (len(python.src), None, python.src.splitlines(keepends=True), filename)
+    namespace = dict(python.globals)
+    exec(compile(python.src, filename, "exec"), namespace)  # noqa: S102 - torch.fx wrote this source
+    scope.forward = namespace["forward"]
+
+
+def readable_code(source: str) -> str:
+    """Generated source without the lines that only tell torch.fx which functions are leaves."""
+    return "\n".join(line for line in source.splitlines() if not line.startswith("torch.fx._symbolic_trace.wrap")).strip()
+
+
+class AdaptedOwner(nn.Module):
+    """What an adapted module can do beside its own class's behaviour. Always the first base of a specialised class."""
+
+    scope: Scope
+    """The scope whose forward this class carries."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        constructor, arguments, state, *rest = super().__reduce_ex__(protocol)
+        if arguments and arguments[0] is type(self):
+            arguments = (getattr(self, STATE).base_class, *arguments[1:])
+        return (_reconstruct, (constructor, arguments), state, *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__class__ = getattr(self, STATE).base_class
+        from misscompile.pipeline import refresh_owner  # the pipeline imports this pass
+
+        refresh_owner(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)
+        weight = getattr(self, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dtype != type(self).scope.weight_dtype:
+            from misscompile.pipeline import refresh_owner
+
+            refresh_owner(self)  # which form of bat is exact depends on the dtype of the weight
+        return result
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing_keys: list[str] = args[2]
+        ours = {prefix + block.parameter for block in getattr(self, STATE).blocks.values()}
+        missing_keys[:] = [key for key in missing_keys if key not in ours]  # a base checkpoint has no blocks
+
+    def extra_repr(self) -> str:
+        state: OwnerState = getattr(self, STATE)
+        blocks = ", ".join(f"{b.adapter}: {b.variant} r={b.r}" for b in state.blocks.values())
+        off = " (merged)" if state.merged else " (disabled)" if state.disabled else ""
+        return ", ".join(part for part in (super().extra_repr(), f"miss=[{blocks}]{off}") if part)
+
+
+class _Unpickled(AdaptedOwner):
+    """Stands in for the class of an adapted module until its state is back."""
+
+
+def _reconstruct(constructor: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+    module = constructor(*arguments)
+    base = type(module)
+    module.__class__ = type(base.__name__, (_Unpickled, base), {"__module__": base.__module__})
+    return module
+
+
+def make_class(scope: Scope) -> type[AdaptedOwner]:
+    """The subclass of `scope.base_class` that runs `scope.forward` (the base's own forward where no block acts)."""
+    base = scope.base_class
+    members: dict[str, Any] = {"scope": scope, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    if scope.blocks:
+        members |= {"forward": scope.forward, BASE_FORWARD: base.forward}
+    return type(base.__name__, (AdaptedOwner, base), members)
+
+
+def set_class(owner: nn.Module, new_class: type[nn.Module], foreign: Any, inserted: bool) -> None:
+    """Give `owner` a class, and make whatever holds its old forward hold the new one.
+
+    Args:
+        owner: the module.
+        new_class: its base class, or a class made by `make_class`.
+        foreign: the forward that somebody else had set on the instance, or None.
+        inserted: whether `new_class` carries a generated forward (then `foreign` becomes its opaque base node).
+
+    accelerate's hooks keep the forward they wrap as a bound method in `_old_forward`.
+    """
+    members = vars(owner)
+    old_class = type(owner)
+    slot = forward_slot(owner)
+    held = members.get(slot)
+    ours = isinstance(held, types.MethodType) and held.__func__ in (vars(old_class).get("forward"), old_class.forward)
+    owner.__class__ = new_class
+    if foreign is not None:
+        members.pop(BASE_FORWARD, None)
+        if inserted:
+            members[BASE_FORWARD] = foreign
+            members[slot] = types.MethodType(new_class.forward, owner)
+        else:
+            members[slot] = foreign
+    elif ours:
+        members[slot] = types.MethodType(new_class.forward, owner)
+
+
+def forward_slot(owner: nn.Module) -> str:
+    """The instance attribute that holds the innermost forward: below accelerate's hook where there is one."""
+    return "_old_forward" if "_hf_hook" in vars(owner) and "_old_forward" in vars(owner) else "forward"
+
+
+def find_foreign_forward(owner: nn.Module) -> Any:
+    """A forward on the instance that is not the one its class defines, or None."""
+    held = vars(owner).get(forward_slot(owner))
+    if isinstance(held, types.MethodType) and held.__self__ is owner and held.__func__ is type(owner).forward:
+        return None
+    return held
+
+
+def check_class(owner: nn.Module, name: str) -> None:
+    """Refuse an adapted owner whose class somebody changed after adapting (FSDP2, parametrize)."""
+    if "scope" not in vars(type(owner)) and type(owner) is not getattr(owner, STATE).base_class:
+        raise StateError(
+            f"{name}: its class became {type(owner).__qualname__} after it was adapted; undo that first "
+            "(or apply it to the module that contains it), then call this again."
+        )

@@ -1,0 +1,78 @@
+"""Create the blocks of a plan and register each as a flat parameter on the module that owns the weight.
+
+q_proj.weight              ->   q_proj.weight (frozen)
+                                q_proj.miss_block_<adapter name> (trainable)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from misscompile.config import MissConfig
+from misscompile.plan import Plan, Target
+from misscompile.state import STATE, OwnerState
+from misscompile.variants import block_shape, init_block
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def create_blocks(plan: Plan, autocast_adapter_dtype: bool, values: Mapping[str, Tensor] | None = None) -> None:
+    """Fill `plan.parameters`: one new parameter for each target, shared by targets that share their weight.
+
+    dtype: float32 where the weight is 16-bit and `autocast_adapter_dtype` is set, or where the weight is no float at
+    all; otherwise that of the weight. device: that of the weight. Random starts are drawn on the CPU in float32, in
+    model order, so that a seed gives the same blocks on every device (and the same as PEFT).
+
+    Args:
+        plan: complete and checked.
+        autocast_adapter_dtype: see above.
+        values: what to put into the blocks, by target name, instead of the start values of the config.
+    """
+    by_weight: dict[int, nn.Parameter] = {}
+    for target in plan.targets:
+        weight = _weight(target.owner)
+        key = id(target) if weight is None else id(weight)
+        if key not in by_weight:
+            dtype, device = _dtype_and_device(weight, autocast_adapter_dtype)
+            if values is None:
+                by_weight[key] = nn.Parameter(_start(target, plan.adapter.config, dtype, device))
+            else:
+                by_weight[key] = nn.Parameter(values[target.name].to(device=device, dtype=dtype, copy=True))
+        plan.parameters[target.name] = by_weight[key]
+
+
+def _weight(owner: nn.Module) -> Tensor | None:
+    weight = getattr(owner, "weight", None)
+    return weight if isinstance(weight, Tensor) else next(owner.parameters(), None)
+
+
+def _dtype_and_device(weight: Tensor | None, autocast: bool) -> tuple[torch.dtype, torch.device]:
+    if weight is None:
+        return torch.float32, torch.device("cpu")
+    dtype = weight.dtype if weight.dtype in _FLOATING else torch.float32
+    return torch.float32 if autocast and dtype.itemsize < torch.float32.itemsize else dtype, weight.device
+
+
+def _start(target: Target, config: MissConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    shape = block_shape(config.variant, config.r, config.mini_r, target.in_features, target.out_features)
+    if config.init_weights is not False or device.type == "meta":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    drawn = torch.empty(shape, dtype=torch.float32)
+    init_block(drawn, random_start=True)
+    return drawn.to(device=device, dtype=dtype)
+
+
+def register_blocks(plan: Plan) -> None:
+    """Put every block and its record on its owner; the new adapter becomes the active one. Forwards are not changed."""
+    adapter = plan.adapter
+    for target in plan.targets:
+        state = vars(target.owner).get(STATE)
+        if state is None:
+            state = OwnerState(type(target.owner), target.in_features, target.out_features)
+            setattr(target.owner, STATE, state)
+        state.blocks[adapter.name] = target.block
+        state.adapters[adapter.name] = adapter
+        target.owner.register_parameter(target.block.parameter, plan.parameters[target.name])
