@@ -1,9 +1,13 @@
 """MiSS fine-tuning as a compiler: adapters are rewritten into the graph of a model, not wrapped around its modules."""
 
-from misscompile.adapters import (
+from misscompile.adapting import (
+    active_adapters,
     adapt,
+    adapters,
+    delete_adapter,
     disable_adapter,
     print_trainable_parameters,
+    set_adapter,
     trainable_parameters,
     unload,
 )
@@ -38,13 +42,17 @@ __all__ = [
     "StateError",
     "UnknownAdapterError",
     "UnsupportedModuleError",
+    "active_adapters",
     "adapt",
+    "adapters",
+    "delete_adapter",
     "disable_adapter",
     "dump",
     "load_adapter",
     "merge",
     "print_trainable_parameters",
     "save_adapter",
+    "set_adapter",
     "trainable_parameters",
     "unload",
     "unmerge",

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from misscompile import variants
-from misscompile.adapters import install_plan
+from misscompile.adapting import install_plan
 from misscompile.config import MissConfig
 from misscompile.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, MissError
 from misscompile.files import replace_files

@@ -156,8 +156,9 @@ def coerce_config(config: object) -> MissConfig:
         return MissConfig.from_dict(config.to_dict())
     if isinstance(config, Mapping):
         return MissConfig.from_dict(config)
-    if hasattr(config, "peft_type") and callable(getattr(config, "to_dict", None)):
-        return MissConfig.from_dict(config.to_dict())
+    to_dict = getattr(config, "to_dict", None)
+    if hasattr(config, "peft_type") and callable(to_dict):
+        return MissConfig.from_dict(to_dict())
     raise ArgumentError(
         f"config: expected a misscompile.MissConfig, a peft.MissConfig or a dict, found {type(config).__name__}."
     )

@@ -163,7 +163,7 @@ def _plan_fold(group: Group, names: tuple[str, ...], keep_adapters: bool) -> Fol
 def _commit(group: Group, merged: Tensor, names: tuple[str, ...], keep_adapters: bool) -> None:
     first = group[0][1]
     if keep_adapters:
-        vars(first)[STATE].base_weight = first.weight.detach().clone()
+        vars(first)[STATE].base_weight = first.get_parameter("weight").detach().clone()
     for name, owner in group:
         state: OwnerState = vars(owner)[STATE]
         if keep_adapters:
@@ -180,8 +180,13 @@ def _commit(group: Group, merged: Tensor, names: tuple[str, ...], keep_adapters:
 @torch.no_grad()
 def _write_weight(owner: nn.Module, merged: Tensor) -> None:
     if parametrize.is_parametrized(owner, "weight"):
+        shared = type(owner)  # with every deepcopy of the owner, and the removal edits the class
+        members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+        owner.__class__ = type(shared.__name__, shared.__bases__, members)
         parametrize.remove_parametrizations(owner, "weight", leave_parametrized=True)
-    owner.get_parameter("weight").copy_(merged)
+        owner.weight = nn.Parameter(merged, requires_grad=False)  # a frozen one would be left as a plain tensor
+    else:
+        owner.get_parameter("weight").copy_(merged)
 
 
 def _is_current(kept: tuple[int, int], now: tuple[int, int]) -> bool:

@@ -6,25 +6,8 @@ _Q_V = ("q_proj", "v_proj")
 _QUERY_VALUE = ("query", "value")
 
 TARGETS_BY_MODEL_TYPE: dict[str, tuple[str, ...] | str] = {
-    **dict.fromkeys(
-        [
-            "bart",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "gpt_neo",
-            "gptj",
-            "llama",
-            "llama4",
-            "mistral",
-            "mixtral",
-            "opt",
-            "qwen2",
-            "qwen3",
-            "stablelm",
-        ],
-        _Q_V,
-    ),
+    **dict.fromkeys(("bart", "gpt_neo", "gptj", "opt", "stablelm"), _Q_V),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "mixtral", "qwen2", "qwen3"), _Q_V),
     **dict.fromkeys(("bert", "electra", "layoutlm", "roberta", "xlm-roberta"), _QUERY_VALUE),
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
     **dict.fromkeys(

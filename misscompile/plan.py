@@ -86,7 +86,6 @@ class Target:
     in_features: int
     out_features: int
     block: Block
-    opaque: str | None
 
 
 @dataclasses.dataclass

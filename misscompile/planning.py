@@ -50,7 +50,7 @@ def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Pla
             refusals.append(found)
     _check_refusals(refusals, targets, implicit)
     _check_shapes(targets, config)
-    notes = [*selection.notes, *(f"{r.name} ({r.kind}) is not adapted: {r.reason}" for r in refusals)]
+    notes = [*selection.notes, *_refusal_notes(refusals)]
     adapter = Adapter(adapter_name, config, refusals=tuple(refusals))
     return Plan(adapter, targets, notes + _shared_weights(model, targets))
 
@@ -69,7 +69,7 @@ def check_adapter_name(model: nn.Module, name: object) -> None:
         if name in state.blocks:
             raise StateError(
                 f"adapter_name={name!r} is in use ({owner_name}): choose another name, or remove that adapter first with "
-                "unload(model)."
+                f"delete_adapter(model, {name!r})."
             )
         if state.merged:
             raise StateError(
@@ -154,7 +154,7 @@ def _target(name: str, owner: nn.Module, block: Block, bypassed: dict[nn.Module,
             problem = f"{scope.opaque}, and 'bat' needs the weight itself (init_weights=True or 'mini' do not)"
         if problem is not None:
             return Refusal(name, kind, problem)
-    return Target(name, owner, *shape, block, scope.opaque)
+    return Target(name, owner, *shape, block)
 
 
 def _linears_inside(name: str, owner: nn.Module) -> str:
@@ -174,6 +174,18 @@ def _fused_experts(modules: dict[str, nn.Module]) -> list[Refusal]:
                 found.append(Refusal(name, type(module).__name__, reason))
                 break
     return found
+
+
+def _refusal_notes(refusals: Sequence[Refusal]) -> list[str]:
+    """One sentence for each reason: a model with many layers should not warn once for each of them."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for refusal in refusals:
+        grouped.setdefault((refusal.kind, refusal.reason), []).append(refusal.name)
+    notes = []
+    for (kind, reason), names in grouped.items():
+        more, verb = (f" and {len(names) - 1} more", "are") if len(names) > 1 else ("", "is")
+        notes.append(f"{names[0]} ({kind}){more} {verb} not adapted: {reason}")
+    return notes
 
 
 def _check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], implicit: bool) -> None:

@@ -75,8 +75,8 @@ def sum_shards(x: Tensor, in_features: int, r: int) -> Tensor:
     n, rest = divmod(in_features, r)
     dtype = accumulation_dtype(x)
     if rest == 0:
-        return x.unflatten(-1, (n, r)).sum(-2, dtype=dtype)
-    whole = x[..., : n * r].unflatten(-1, (n, r)).sum(-2, dtype=dtype)
+        return torch.unflatten(x, -1, (n, r)).sum(-2, dtype=dtype)
+    whole = torch.unflatten(x[..., : n * r], -1, (n, r)).sum(-2, dtype=dtype)
     return whole + F.pad(x[..., n * r :], (0, r - rest))
 
 
@@ -87,9 +87,14 @@ def add_balance(y: Tensor, x: Tensor, block: Tensor, in_features: int, r: int) -
 
 
 def add_mini(y: Tensor, x: Tensor, block: Tensor, in_features: int, out_features: int, r: int, mini_r: int) -> Tensor:
-    """`y + s D`, the `m` columns of `s D` broadcast over the `out / m` groups of `y`; block `(r, m)`."""
-    s, d = match_dtype(sum_shards(x, in_features, r), block, y, -(-in_features // r))
-    grouped = y.unflatten(-1, (out_features // mini_r, mini_r)) + (s @ d).unsqueeze(-2)
+    """`y + s D`, the `m` columns of `s D` broadcast over the `out / m` groups of `y`; block `(r, m)`.
+
+    The product is so small that it stays in the dtype of the sum: a 16-bit one would round the gradient of the block,
+    in which every output takes part.
+    """
+    s = sum_shards(x, in_features, r)
+    update = (s @ block.to(s.dtype)).to(y.dtype)
+    grouped = torch.unflatten(y, -1, (out_features // mini_r, mini_r)) + update.unsqueeze(-2)
     return grouped.flatten(-2)
 
 
@@ -97,12 +102,13 @@ def bat_delta(weight: Tensor, block: Tensor, in_features: int, out_features: int
     """`ΔW (out, in)` of bat from `weight (out, in)` and `block (out/r, r, r)`, in the dtype of `weight`.
 
     A row block of `W` is `r` rows of `in/r` shards of length `r`; in memory that is one `(r·in/r, r)` matrix, so that
-    all `W[o, k] B[o]` of a model layer are one batched product without a permutation.
+    all `W[o, k] B[o]` of a linear are one batched product without a permutation. The added `B[o]` is usually the larger
+    part: it is added, and its gradient summed, in the dtype of the block.
     """
     rows, shards = out_features // r, in_features // r
-    b = block.to(weight.dtype)
-    product = torch.bmm(weight.reshape(rows, r * shards, r), b)
-    return (product.view(rows, r, shards, r) + b.unsqueeze(2)).view(out_features, in_features)
+    product = torch.bmm(weight.reshape(rows, r * shards, r), block.to(weight.dtype))
+    delta = product.view(rows, r, shards, r) + block.unsqueeze(2)
+    return delta.to(weight.dtype).view(out_features, in_features)
 
 
 def bat_weight(weight: Tensor, base: Tensor, block: Tensor, in_features: int, out_features: int, r: int) -> Tensor:

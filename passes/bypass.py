@@ -27,14 +27,14 @@ _METADATA_CALLS = frozenset({"isinstance", "hasattr", "id", "type"})
 def find_bypassed(model: nn.Module) -> dict[nn.Module, str]:
     """Modules of `model` whose weight is read by a parent's code, each with a reason that names that code."""
     found: dict[nn.Module, str] = {}
-    for name, parent in model.named_modules():
-        for path in weight_reads(type(parent)):
+    for parent in model.modules():
+        for path in weight_reads(type(parent)):  # type: ignore[arg-type] # typeshed: a class is hashable
             try:
                 child = parent.get_submodule(".".join(path))
             except AttributeError:
                 continue
-            where = f"{type(parent).__name__} ({name or 'the model itself'})"
-            found.setdefault(child, f"{where} reads its weight directly, so that its own forward does not always run")
+            reason = f"{type(parent).__name__} reads its weight directly, so that its own forward does not always run"
+            found.setdefault(child, reason)
     return found
 
 
@@ -62,7 +62,7 @@ def weight_reads(owner: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     return tuple(paths)
 
 
-def _parse(owner: type[nn.Module], method: str) -> ast.AST | None:
+def _parse(owner: type, method: str) -> ast.AST | None:
     function = inspect.unwrap(getattr(owner, method))
     if getattr(function, "__module__", None) == nn.Module.__module__:
         return None

@@ -27,9 +27,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     integer attributes.
     """
     for names in _SHAPE_ATTRIBUTE_PAIRS:
-        shape = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) for size in shape):
-            return shape[0], shape[1]
+        in_features, out_features = (getattr(module, name, None) for name in names)
+        if isinstance(in_features, int) and isinstance(out_features, int):
+            return in_features, out_features
     return None
 
 

@@ -82,7 +82,7 @@ class _Rewrite:
     def _add_to_output(self, block: Block) -> None:
         in_features, out_features, r, mini_r = self.scope.in_features, self.scope.out_features, block.r, block.mini_r
         x, parameter = self._dropped_input(block), self._parameter(block)
-        operands = (self.y, x, parameter)
+        operands: tuple[fx.Node, ...] = (self.y, x, parameter)
         rule: Callable[..., Any]
         if block.variant == "bat":
             rule = lambda y, x, b, weight: variants.add_bat(y, x, weight, b, in_features, out_features, r)  # noqa: E731

@@ -48,7 +48,7 @@ class AdaptedOwner(nn.Module):
     """The scope whose forward this class carries."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        constructor, arguments, state, *rest = super().__reduce_ex__(protocol)
+        constructor, arguments, state, *rest = tuple(super().__reduce_ex__(protocol))
         if arguments and arguments[0] is type(self):
             arguments = (getattr(self, STATE).base_class, *arguments[1:])
         return (_reconstruct, (constructor, arguments), state, *rest)
@@ -61,7 +61,7 @@ class AdaptedOwner(nn.Module):
         refresh_owner(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         weight = getattr(self, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dtype != type(self).scope.weight_dtype:
             from misscompile.pipeline import refresh_owner

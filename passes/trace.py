@@ -124,7 +124,7 @@ def _shadow(base_class: type[nn.Module], owner: nn.Module, reads: set[str]) -> n
         return base_class.__getattribute__(self, name)
 
     shadow_class = type(base_class.__name__, (base_class,), {"__getattribute__": record, "__module__": __name__})
-    shadow: nn.Module = shadow_class.__new__(shadow_class)
+    shadow: nn.Module = object.__new__(shadow_class)
     shadow.__dict__.update({key: value for key, value in vars(owner).items() if key not in ("forward", "_old_forward")})
     return shadow
 
@@ -133,7 +133,7 @@ def _opaque_graph(forward: Callable[..., Any], out_features: int) -> fx.Graph:
     """One call of `base_forward` with the arguments that `forward` (a bound method or a callable) takes."""
     graph = fx.Graph()
     positional: list[fx.Node] = []
-    keywords: dict[str, fx.Node] = {}
+    keywords: dict[str, Any] = {}
     for parameter in inspect.signature(forward).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             positional.append(graph.placeholder(parameter.name, default_value=parameter.default))

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from torch import nn
 
-from misscompile.config import coerce_config
+from misscompile.config import MissConfig, coerce_config
 from misscompile.errors import ArgumentError, MissWarning, StateError
 from misscompile.passes.install import find_foreign_forward
 from misscompile.passes.register import create_blocks, register_blocks
-from misscompile.pipeline import refresh_owner, restore_owner, specialize
+from misscompile.pipeline import refresh_owner, remove_blocks, restore_owner, specialize
 from misscompile.plan import Plan
 from misscompile.planning import plan_adapter
 from misscompile.state import (
     STATE,
     OwnerState,
+    adapters_of,
     check_enabled,
     owner_states,
     owners,
+    require_adapter,
     swap_base_weight,
     transaction,
     unwrap_model,
@@ -70,9 +72,64 @@ def install_plan(root: nn.Module, plan: Plan) -> None:
         register_blocks(plan)
         for name, forward in foreign.items():
             owner_states(root)[name].foreign_forward = forward
+        for parameter in root.parameters():
+            parameter.requires_grad_(False)
         _activate(root, (plan.adapter.name,))
     for note in plan.notes:
         warnings.warn(note, MissWarning, stacklevel=3)
+
+
+def adapters(model: nn.Module) -> dict[str, MissConfig]:
+    """The adapters on `model`, in the order in which they were added: a copy of the config of each, by name."""
+    return {name: coerce_config(adapter.config) for name, adapter in adapters_of(_module(model)).items()}
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that act, in the order in which their updates are added."""
+    return tuple(dict.fromkeys(name for state in owner_states(_module(model)).values() for name in state.active))
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
+    """Make exactly these adapters act and train. Each update is computed from the base weight, so the order is free.
+
+    Under `torch.compile`, a set that was active before recompiles nothing; a new one costs one graph.
+
+    Args:
+        model: an adapted model.
+        adapter_name: one name, or several; adapters of different variants may act on one layer together.
+
+    Raises:
+        UnknownAdapterError: a name is not on the model.
+        StateError: the model is merged, or inside `disable_adapter`.
+        ArgumentError: neither a name nor a list of names.
+    """
+    root = unwrap_model(model)
+    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+    if not isinstance(names, (list, tuple)):
+        raise ArgumentError(f"adapter_name: expected a name or a list of names, found {type(names).__name__}.")
+    for name in names:
+        require_adapter(root, name)
+    _check_unmerged(root, "set_adapter")
+    with transaction(root, ()):
+        _activate(root, tuple(dict.fromkeys(names)))
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Remove one adapter and its blocks. If it was the only active one, the model computes its base until `set_adapter`.
+
+    Raises:
+        UnknownAdapterError: it is not on the model.
+        StateError: the model is merged, or inside `disable_adapter`.
+    """
+    root = unwrap_model(model)
+    require_adapter(root, adapter_name)
+    _check_unmerged(root, "delete_adapter")
+    with transaction(root, ()):
+        for name, owner in owners(root).items():
+            remove_blocks(owner, [adapter_name], name)
+    left = list(adapters_of(root))
+    if left and not active_adapters(root):
+        warnings.warn(f"no adapter is active now; set_adapter can activate {left}.", MissWarning, stacklevel=2)
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -129,15 +186,13 @@ def unload(model: M) -> M:
 
 
 def _activate(root: nn.Module, names: tuple[str, ...]) -> None:
-    """Make exactly these adapters act, and their blocks train; freeze everything else."""
-    for parameter in root.parameters():
-        parameter.requires_grad_(False)
+    """Make exactly these adapters act, in this order, and their blocks train (unless loaded for inference)."""
     for name, owner in owners(root).items():
         state: OwnerState = vars(owner)[STATE]
         state.active = tuple(n for n in names if n in state.blocks)
-        for active in state.active:
-            trainable = state.adapters[active].trainable
-            owner.get_parameter(state.blocks[active].parameter).requires_grad_(trainable)
+        for block in state.blocks.values():
+            trains = block.adapter in state.active and state.adapters[block.adapter].trainable
+            owner.get_parameter(block.parameter).requires_grad_(trains)
         refresh_owner(owner, name)
 
 
@@ -149,6 +204,13 @@ def _shift_disabled(adapted: dict[str, nn.Module], step: int) -> None:
         if was != (state.disabled > 0):
             swap_base_weight(owner)
             refresh_owner(owner, name)
+
+
+def _check_unmerged(root: nn.Module, verb: str) -> None:
+    check_enabled(root, verb)
+    for name, state in owner_states(root).items():
+        if state.merged:
+            raise StateError(f"{verb}: {name} holds the merged adapter {state.merged[0]!r}; call unmerge(model) first.")
 
 
 def _adapted_owners(model: nn.Module) -> dict[str, nn.Module]:

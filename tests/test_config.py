@@ -1,0 +1,430 @@
+"""`MissConfig`: fields, defaults, validation and JSON, against `peft.MissConfig`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import misscompile
+from misscompile import ArgumentError, ConfigError, MissConfig, MissError, MissWarning
+from misscompile.config import coerce_config
+
+pytestmark = pytest.mark.filterwarnings("error::misscompile.MissWarning")
+
+FIELDS = [field.name for field in dataclasses.fields(MissConfig)]
+LIST = ["q_proj"]
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` as JSON holds them, the order of names without meaning."""
+    values = json.loads(json.dumps(values, default=sorted))
+    return {
+        key: sorted(value) if key.endswith("_modules") and isinstance(value, list) else value
+        for key, value in values.items()
+    }
+
+
+# Defaults and fields
+
+
+def test_fields_are_those_of_peft() -> None:
+    assert sorted(FIELDS) == sorted(field.name for field in dataclasses.fields(peft.MissConfig))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_default_is_that_of_peft(field: str) -> None:
+    if field == "peft_version":  # PEFT writes its own version there, which this library is not
+        assert MissConfig().peft_version is None
+        return
+    ours, theirs = getattr(MissConfig(), field), getattr(peft.MissConfig(), field)
+    assert ours == theirs
+    assert json.dumps(ours) == json.dumps(theirs)  # True is not 1, 64 is not 64.0
+
+
+def test_defaults_written_out() -> None:
+    assert MissConfig().to_dict() == {
+        "r": 64,
+        "miss_dropout": 0.0,
+        "mini_r": 1,
+        "target_modules": None,
+        "exclude_modules": None,
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "bias": "none",
+        "modules_to_save": None,
+        "task_type": None,
+        "inference_mode": False,
+        "base_model_name_or_path": None,
+        "revision": None,
+        "peft_type": "MISS",
+        "auto_mapping": None,
+        "peft_version": None,
+    }
+
+
+def test_arguments_are_keywords_only() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        MissConfig(8)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("init_weights", "variant"), [(True, "balance"), (False, "balance"), ("mini", "mini"), ("bat", "bat")]
+)
+def test_variant(init_weights: Any, variant: str) -> None:
+    assert MissConfig(init_weights=init_weights).variant == variant
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [("all-linear", True), ("ALL-Linear", True), ("all-linear.*", False), (["all-linear"], False), (None, False)],
+)
+def test_selects_all_linear(targets: Any, expected: bool) -> None:
+    assert MissConfig(target_modules=targets).selects_all_linear is expected
+
+
+# Good values
+
+GOOD: dict[str, list[Any]] = {
+    "r": [1, 7, 4096],
+    "miss_dropout": [0, 0.0, 0.5, math.nextafter(1.0, 0.0)],
+    "mini_r": [1, 3],
+    "target_modules": [None, ["q_proj"], {"q_proj", "v"}, ("a.b",), r".*\.(q|v)_proj", "all-linear", "All-Linear"],
+    "exclude_modules": [None, ["q_proj"], {"q_proj"}, ("a.b",), r".*head", "all-linear"],
+    "init_weights": [True, False, "bat", "mini"],
+    "layers_to_transform": [None, 0, 3, [0], [1, 5], (2,)],
+    "bias": ["none", "all", "MiSS_only"],
+    "modules_to_save": [None, ["head"]],
+    "task_type": [None, "CAUSAL_LM", peft.TaskType.SEQ_CLS],
+    "inference_mode": [True, False],
+    "base_model_name_or_path": [None, "org/name"],
+    "revision": [None, "main"],
+    "peft_type": ["MISS", peft.PeftType.MISS],
+    "auto_mapping": [None, {"base_model_class": "Net"}],
+    "peft_version": [None, "0.21.2"],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in GOOD.items() for value in values], ids=repr
+)
+def test_good_value_is_kept(field: str, value: Any) -> None:
+    assert getattr(MissConfig(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize("pattern", ["layers", ["layers"], ["h", "layers"], r"(?:h|layers)"], ids=repr)
+@pytest.mark.parametrize("layers", [0, [1, 2]], ids=repr)
+def test_layers_pattern_goes_with_layers_to_transform(pattern: Any, layers: Any) -> None:
+    config = MissConfig(target_modules=LIST, layers_to_transform=layers, layers_pattern=pattern)
+    assert (config.layers_to_transform, config.layers_pattern) == (layers, pattern)
+
+
+# Bad values
+
+NAMES_RULE = "a non-empty list of module names, a regular expression"
+BAD: dict[str, tuple[str, list[Any]]] = {
+    "r": ("an integer of 1 or more", [0, -1, 1.0, 8.5, "8", None, True, False, [8], math.nan, torch.tensor(8)]),
+    "miss_dropout": ("a probability in [0, 1)", [1, 1.0, -0.1, 1.5, math.nan, math.inf, "0.1", None, True, False, [0.1]]),
+    "mini_r": ("an integer of 1 or more that divides out_features", [0, -2, 2.0, "4", None, True, False, (1,)]),
+    "target_modules": (
+        f"{NAMES_RULE}, 'all-linear' or None",
+        [[], (), set(), "", [""], ["a", 1], [None], 3, b"q", True, {"q": 1}],
+    ),
+    "exclude_modules": (f"{NAMES_RULE} or None", [[], (), set(), "", [""], ["a", 1], [None], 3, b"q", False, {"q": 1}]),
+    "init_weights": (
+        "True (balance), False (balance, random start), 'bat' or 'mini', spelled exactly so",
+        ["BAT", "Bat", "MINI", "balance", "miss", "true", "", " bat", None, 1, 0, 1.0, ["bat"], b"bat"],
+    ),
+    "layers_to_transform": (
+        "a layer index of 0 or more, a non-empty list of them, or None",
+        [-1, [], [-1], [0, -1], "0", ["0"], 1.0, [1.0], True, [True], {"0": 1}, range(0)],
+    ),
+    "layers_pattern": ("a name, a non-empty list of names, or None", ["", [], [""], 3, ["h", 1], b"h", True]),
+    "bias": ("'none', 'all' or 'MiSS_only'", ["None", "ALL", "miss_only", "lora_only", "", None, True, ["all"], {}]),
+    "modules_to_save": ("a non-empty list of module names, or None", ["head", [], [""], [1], 3, True, {"head": 1}]),
+    "task_type": ("a task name such as 'CAUSAL_LM' or 'SEQ_CLS', or None", [1, True, ["CAUSAL_LM"], b"SEQ_CLS"]),
+    "inference_mode": ("True or False", [None, 0, 1, "true", "", [True]]),
+    "base_model_name_or_path": ("a string or None", [1, True, ["a"], Path("a")]),
+    "revision": ("a string or None", [1, True, ["main"]]),
+    "peft_type": (
+        "'MISS' (a config of another PEFT method does not describe MiSS blocks)",
+        ["LORA", "miss", "", None, 1, peft.PeftType.LORA, ["MISS"]],
+    ),
+    "auto_mapping": ("a dict or None", ["x", 1, [("a", 1)], True]),
+    "peft_version": ("a string or None", [1, 0.21, True, (0, 21, 2)]),
+}
+
+
+def test_bad_values_cover_every_field() -> None:
+    assert sorted(BAD) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, value) for f, (_, values) in BAD.items() for value in values], ids=repr)
+def test_bad_value_is_an_error_that_names_field_value_and_remedy(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        MissConfig(**{field: value})
+    assert str(caught.value) == f"MissConfig.{field}={value!r}: expected {BAD[field][0]}."
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, MissError)
+
+
+@pytest.mark.parametrize("pattern", ["[", "(a", "*q", "a{2,1}", "(?P<x>a)(?P<x>b)", "\\"], ids=repr)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_broken_expression(field: str, pattern: str) -> None:
+    values = {"target_modules": LIST, "layers_to_transform": 0} if field == "layers_pattern" else {}
+    with pytest.raises(ConfigError) as caught:
+        MissConfig(**{**values, field: pattern})
+    assert str(caught.value).startswith(f"MissConfig.{field}={pattern!r} is not a regular expression (")
+    assert "pass a list for plain names" in str(caught.value)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*q_proj"])
+@pytest.mark.parametrize(
+    "extra", [{"layers_to_transform": 0}, {"layers_to_transform": [1]}, {"layers_pattern": "h"}], ids=repr
+)
+def test_layers_do_not_go_with_a_string_of_targets(targets: str, extra: dict[str, Any]) -> None:
+    (field, value) = next(iter(extra.items()))
+    with pytest.raises(ConfigError) as caught:
+        MissConfig(target_modules=targets, **extra)
+    assert str(caught.value) == (
+        f"MissConfig.{field}={value!r} cannot be combined with the string target_modules={targets!r}: put the layers into "
+        "the expression, or pass a list of names."
+    )
+
+
+def test_layers_pattern_alone_has_no_effect_and_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"MissConfig\.layers_pattern='h' has no effect without layers_to_transform: set"):
+        MissConfig(target_modules=LIST, layers_pattern="h")
+
+
+def test_a_value_changed_after_construction_is_checked_when_it_is_used() -> None:
+    config = MissConfig(r=2, target_modules=["0"])
+    config.mini_r = 0
+    model = nn.Sequential(nn.Linear(6, 4))
+    with pytest.raises(ConfigError, match=r"MissConfig\.mini_r=0: expected"):
+        misscompile.adapt(model, config)
+    assert type(model[0]) is nn.Linear
+
+
+# To and from plain values
+
+quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+names = st.lists(st.sampled_from(["q_proj", "mlp.up", "layers.0.q", "ü"]), min_size=1, max_size=3, unique=True)
+name_rules = st.one_of(names, names.map(set), names.map(tuple), st.sampled_from([r".*\.q", "all-linear", "A(b|c)"]))
+configs = st.fixed_dictionaries(
+    {},
+    optional={
+        "r": st.integers(1, 512),
+        "miss_dropout": st.floats(0, 1, exclude_max=True),
+        "mini_r": st.integers(1, 64),
+        "target_modules": st.none() | name_rules,
+        "exclude_modules": st.none() | name_rules,
+        "init_weights": st.sampled_from([True, False, "bat", "mini"]),
+        "bias": st.sampled_from(["none", "all", "MiSS_only"]),
+        "modules_to_save": st.none() | names,
+        "task_type": st.sampled_from([None, "CAUSAL_LM", peft.TaskType.SEQ_CLS]),
+        "inference_mode": st.booleans(),
+        "base_model_name_or_path": st.none() | st.text(max_size=5),
+        "revision": st.none() | st.text(max_size=5),
+        "auto_mapping": st.sampled_from([None, {}, {"parent_library": "x"}]),
+    },
+)
+
+
+@quick
+@given(configs)
+def test_round_trips(values: dict[str, Any]) -> None:
+    config = MissConfig(**values)
+    written = config.to_dict()
+    assert plain(written) == plain(MissConfig().to_dict() | values)
+    assert json.loads(json.dumps(written)) == written  # plain JSON values only, no enum, set or tuple
+    assert MissConfig.from_dict(written).to_dict() == written
+    assert MissConfig.from_json(config.to_json()).to_dict() == written
+    assert MissConfig.from_dict(values) == config
+
+
+@quick
+@given(configs)
+def test_to_and_from_peft(values: dict[str, Any]) -> None:
+    ours = MissConfig(**values)
+    theirs = peft.MissConfig(**ours.to_dict())
+    expected = plain(ours.to_dict()) | {"peft_version": peft.__version__}
+    assert plain(theirs.to_dict()) == expected
+    back = coerce_config(theirs)
+    assert type(back) is MissConfig
+    assert type(back.peft_type) is str
+    assert plain(back.to_dict()) == expected
+
+
+@quick
+@given(names, st.lists(st.integers(0, 40), min_size=1), st.none() | names | st.just("layers"))
+def test_layers_round_trip(targets: list[str], layers: list[int], pattern: Any) -> None:
+    config = MissConfig(target_modules=targets, layers_to_transform=layers, layers_pattern=pattern)
+    assert MissConfig.from_json(config.to_json()) == config
+    theirs = peft.MissConfig(target_modules=targets, layers_to_transform=layers, layers_pattern=pattern)
+    assert coerce_config(theirs).layers_to_transform == layers
+    assert coerce_config(theirs).layers_pattern == pattern
+
+
+def test_sets_are_written_in_order() -> None:
+    assert MissConfig(target_modules={"v", "q", "k"}).to_dict()["target_modules"] == ["k", "q", "v"]
+    assert MissConfig(target_modules=["v", "q"]).to_dict()["target_modules"] == ["v", "q"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "{'r': 1}", "nan"])
+def test_from_json_without_json(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"MissConfig\.from_json: not JSON \("):
+        MissConfig.from_json(text)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("[]", "list"), ("3", "int"), ("null", "NoneType"), ('"r"', "str")])
+def test_from_json_of_something_else(text: str, kind: str) -> None:
+    with pytest.raises(ConfigError, match=rf"MissConfig\.from_json: expected a JSON object, found {kind}\."):
+        MissConfig.from_json(text)
+
+
+@pytest.mark.parametrize("values", [None, "r=1", 3, [("r", 1)]], ids=repr)
+def test_from_dict_of_something_else(values: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"takes a mapping of fields, found {type(values).__name__}") as caught:
+        MissConfig.from_dict(values)
+    assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ("target_module", "'target_module' (did you mean 'target_modules'?)"),
+        ("min_r", "'min_r' (did you mean 'mini_r'?)"),
+        ("dropout", "'dropout' (did you mean 'miss_dropout'?)"),
+        ("lora_alpha", "'lora_alpha'"),
+    ],
+)
+def test_unknown_field_is_told_with_a_suggestion(field: str, told: str) -> None:
+    with pytest.warns(MissWarning) as caught:
+        config = MissConfig.from_dict({"r": 5, field: 1})
+    assert [str(w.message) for w in caught] == [f"MissConfig has no field {told}: ignored."]
+    assert [w.filename for w in caught] == [__file__]
+    assert config == MissConfig(r=5)
+
+
+def test_every_unknown_field_is_told_at_once() -> None:
+    with pytest.warns(MissWarning, match=r"no field 'rr'.*, 'zzz': ignored") as caught:
+        MissConfig.from_dict({"rr": 1, "zzz": 2})
+    assert len(caught) == 1
+
+
+# What adapt takes
+
+
+class FakePeft:
+    """A PEFT config by its looks: peft itself need not be there."""
+
+    peft_type = "MISS"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"peft_type": "MISS", "r": 3, "target_modules": {"b", "a"}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MissConfig(r=3, target_modules={"b", "a"}),
+        {"r": 3, "target_modules": {"b", "a"}},
+        peft.MissConfig(r=3, target_modules=["b", "a"]),
+        FakePeft(),
+    ],
+    ids=lambda config: type(config).__module__ + "." + type(config).__name__,
+)
+def test_coerce_config(config: Any) -> None:
+    found = coerce_config(config)
+    assert type(found) is MissConfig
+    assert (found.r, set(found.target_modules or ())) == (3, {"a", "b"})
+    assert found is not config
+
+
+@pytest.mark.parametrize("config", [None, 3, "all-linear", [("r", 3)], object(), MissConfig, peft.MissConfig], ids=repr)
+def test_coerce_config_of_something_else(config: Any) -> None:
+    with pytest.raises(
+        ArgumentError, match=r"config: expected a misscompile\.MissConfig, a peft\.MissConfig or a dict, found"
+    ):
+        coerce_config(config)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": ["a"], "layers_to_transform": [0], "layers_pattern": ["h"], "modules_to_save": ["c"]},
+        {"target_modules": {"a"}, "exclude_modules": ["b"], "auto_mapping": {"k": {"l": "m"}}},
+    ],
+    ids=["lists", "set and dict"],
+)
+@pytest.mark.parametrize("kind", [dict, MissConfig, peft.MissConfig], ids=lambda kind: kind.__module__ + "." + kind.__name__)
+def test_the_copy_is_private(values: dict[str, Any], kind: Any) -> None:
+    given_values = copy.deepcopy(values)
+    config = kind(**given_values)
+    kept = coerce_config(config)
+    before = copy.deepcopy(kept.to_dict())
+    for value in (config if kind is dict else vars(config)).values():
+        if isinstance(value, list):
+            value.append("changed later")
+        elif isinstance(value, set):
+            value.add("changed later")
+        elif isinstance(value, dict):
+            value["changed"] = value.setdefault("k", {})["l"] = "later"
+    assert kept.to_dict() == before
+
+
+OTHER_METHODS: list[Any] = [
+    peft.LoraConfig(target_modules=LIST),
+    peft.LoraConfig(target_modules=LIST, bias="lora_only"),
+    peft.OFTConfig(target_modules=LIST),
+    peft.BOFTConfig(target_modules=LIST),
+    peft.IA3Config(target_modules=LIST, feedforward_modules=[]),
+    peft.VeraConfig(target_modules=LIST),
+    peft.PromptTuningConfig(task_type="CAUSAL_LM"),
+]
+
+
+@pytest.mark.parametrize("config", OTHER_METHODS, ids=lambda config: type(config).__name__)
+def test_config_of_another_method_names_the_method(config: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the fields that MiSS does not have
+        with pytest.raises(ConfigError) as caught:
+            coerce_config(config)
+    assert str(caught.value).startswith(f"MissConfig.peft_type={config.peft_type.value!r}: expected 'MISS'")
+
+
+PROGRAM = """
+import sys, tempfile
+import torch
+import misscompile
+net = lambda: torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+model = misscompile.adapt(net(), {"r": 2, "target_modules": "all-linear", "init_weights": False})
+model(torch.ones(2, 6)).sum().backward()
+with tempfile.TemporaryDirectory() as folder:
+    misscompile.save_adapter(model, folder)
+    misscompile.load_adapter(net(), folder)
+misscompile.dump(model)
+misscompile.merge(model)
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"peft", "transformers", "accelerate"}))
+"""
+
+
+def test_the_library_imports_neither_peft_nor_transformers(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

@@ -1,0 +1,487 @@
+"""`replace_files`: at every moment the folder holds all the old files or all the new ones."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from misscompile import files
+from misscompile.files import replace_files
+
+NAMES = ("config.json", "weights.bin")
+OLD = {"config.json": b"old config", "weights.bin": b"old weights"}
+NEW = {"config.json": b"new config!", "weights.bin": b"new weights!" * 1000}
+OTHERS = {"README.md": b"read me", "sub/inner/data": b"\0\1", "sub/config.json": b"not this one"}
+
+
+def write(folder: Path, contents: Mapping[str, bytes]) -> Path:
+    for name, data in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refuse_exchange(monkeypatch: pytest.MonkeyPatch, code: int | None) -> None:
+    """Let `renameat2` fail with `code`, or not exist where `code` is None."""
+
+    def renameat2(*arguments: Any) -> int:
+        ctypes.set_errno(code or 0)
+        return -1
+
+    libc = SimpleNamespace() if code is None else SimpleNamespace(renameat2=renameat2)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: libc)
+
+
+def refuse_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", link)
+
+
+Route = Callable[[pytest.MonkeyPatch], None]
+ROUTES: dict[str, Route] = {
+    "exchange": lambda monkeypatch: None,
+    "no renameat2": lambda monkeypatch: refuse_exchange(monkeypatch, None),
+    "EINVAL": lambda monkeypatch: refuse_exchange(monkeypatch, errno.EINVAL),
+    "ENOSYS": lambda monkeypatch: refuse_exchange(monkeypatch, errno.ENOSYS),
+    "EBUSY": lambda monkeypatch: refuse_exchange(monkeypatch, errno.EBUSY),
+    "EXDEV": lambda monkeypatch: refuse_exchange(monkeypatch, errno.EXDEV),
+    "EPERM": lambda monkeypatch: refuse_exchange(monkeypatch, errno.EPERM),
+    "no hard links": refuse_links,
+    "not Linux": lambda monkeypatch: monkeypatch.setattr(sys, "platform", "darwin"),
+}
+
+
+@pytest.fixture(params=list(ROUTES))
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    ROUTES[request.param](monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder with nothing in it but what a test puts there, so that leftovers show."""
+    home = tmp_path / "home"
+    home.mkdir()
+    return home
+
+
+# What is written
+
+
+def test_new_folder(home: Path) -> None:
+    replace_files(home / "adapter", NEW)
+    assert read(home) == {f"adapter/{name}": data for name, data in NEW.items()}
+    assert os.listdir(home) == ["adapter"]
+
+
+def test_parents_are_made(home: Path) -> None:
+    replace_files(home / "a/b/adapter", NEW)
+    assert read(home / "a/b/adapter") == NEW
+    assert os.listdir(home / "a/b") == ["adapter"]
+
+
+def test_a_relative_path(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    replace_files(Path("adapter"), NEW)
+    replace_files(Path("x/../adapter"), OLD)
+    assert read(home) == {f"adapter/{name}": data for name, data in OLD.items()}
+
+
+@pytest.mark.parametrize("changed", [["config.json"], ["weights.bin"], list(NAMES)], ids="+".join)
+def test_existing_folder(home: Path, route: str, changed: list[str]) -> None:
+    folder = write(home / "adapter", OLD | OTHERS)
+    contents = {name: (NEW if name in changed else OLD)[name] for name in NAMES}
+    replace_files(folder, contents)
+    assert read(folder) == OTHERS | contents
+    assert os.listdir(home) == ["adapter"]
+
+
+def test_files_that_were_not_there(home: Path, route: str) -> None:
+    folder = write(home / "adapter", OTHERS)
+    replace_files(folder, NEW)
+    assert read(folder) == OTHERS | NEW
+    assert os.listdir(home) == ["adapter"]
+
+
+def test_an_empty_folder_and_one_file_of_two(home: Path, route: str) -> None:
+    (home / "adapter").mkdir()
+    replace_files(home / "adapter", NEW)
+    assert read(home / "adapter") == NEW
+    folder = write(home / "half", {"config.json": b"old config"})
+    replace_files(folder, NEW)
+    assert read(folder) == NEW
+    assert sorted(os.listdir(home)) == ["adapter", "half"]
+
+
+@pytest.mark.parametrize("name", ["config.json.old", "config.json.tmp"])
+def test_no_name_is_taken_from_the_user(home: Path, route: str, name: str) -> None:
+    folder = write(home / "adapter", OLD | {name: b"mine"})
+    replace_files(folder, NEW)
+    assert read(folder) == NEW | {name: b"mine"}
+
+
+def test_other_files_stay_the_same_files(home: Path, route: str) -> None:
+    """Not copies: a log that another program keeps open goes on in the folder."""
+    folder = write(home / "adapter", OLD | OTHERS)
+    (folder / "link").symlink_to("README.md")
+    before = {name: (folder / name).stat().st_ino for name in OTHERS}
+    replace_files(folder, NEW)
+    assert {name: (folder / name).stat().st_ino for name in OTHERS} == before
+    assert os.readlink(folder / "link") == "README.md"
+
+
+def test_unchanged_contents_rewrite_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(home / "adapter", OLD | OTHERS)
+    paths = [folder, *folder.rglob("*")]
+    before = [(path, path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in paths]
+    monkeypatch.setattr(os, "umask", None)  # nor is a new folder prepared
+    replace_files(folder, OLD)
+    assert [(path, path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in paths] == before
+    assert os.listdir(home) == ["adapter"]
+
+
+def test_an_unchanged_file_beside_a_changed_one_is_not_rewritten(home: Path, route: str) -> None:
+    folder = write(home / "adapter", OLD)
+    before = (folder / "weights.bin").stat()
+    replace_files(folder, OLD | {"config.json": b"new"})
+    after = (folder / "weights.bin").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert read(folder) == OLD | {"config.json": b"new"}
+
+
+def test_equal_size_and_other_bytes_is_a_change(home: Path) -> None:
+    folder = write(home / "adapter", {"a": b"123", "b": b"x"})
+    replace_files(folder, {"a": b"124", "b": b"x"})
+    assert read(folder) == {"a": b"124", "b": b"x"}
+
+
+def test_a_reader_of_the_old_file_keeps_the_old_bytes(home: Path, route: str) -> None:
+    """safetensors maps the file that it reads: the file is replaced, never written into."""
+    folder = write(home / "adapter", OLD)
+    with (folder / "weights.bin").open("rb") as reader:
+        replace_files(folder, NEW)
+        assert reader.read() == OLD["weights.bin"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077, 0o027], ids=oct)
+def test_a_new_folder_and_its_files_follow_the_umask(home: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        replace_files(home / "adapter", NEW)
+    finally:
+        assert os.umask(before) == mask  # and it is left as it was
+    assert stat.S_IMODE((home / "adapter").stat().st_mode) == 0o777 & ~mask
+    assert {stat.S_IMODE((home / "adapter" / name).stat().st_mode) for name in NEW} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o700, 0o775], ids=oct)
+def test_an_existing_folder_keeps_its_permissions(home: Path, route: str, mode: int) -> None:
+    folder = write(home / "adapter", OLD)
+    folder.chmod(mode)
+    replace_files(folder, NEW)
+    assert stat.S_IMODE(folder.stat().st_mode) == mode
+    assert read(folder) == NEW
+
+
+def test_through_a_link_to_a_folder(home: Path, route: str) -> None:
+    real = write(home / "real", OLD | OTHERS)
+    (home / "link").symlink_to("real")
+    replace_files(home / "link", NEW)
+    assert (home / "link").is_symlink()
+    assert read(real) == OTHERS | NEW
+    assert sorted(os.listdir(home)) == ["link", "real"]
+
+
+def test_the_working_directory_stays_usable(home: Path, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(home / "adapter", OLD)
+    monkeypatch.chdir(folder)
+    replace_files(Path("."), NEW)
+    assert os.path.samefile(os.curdir, folder)
+    assert sorted(os.listdir()) == sorted(NEW)
+
+
+# Errors on the way: an exception at every step
+
+STEPS = (
+    "open",
+    "write",
+    "os.fsync",
+    "os.replace",
+    "os.rename",
+    "os.link",
+    "shutil.copytree",
+    "shutil.copy2",
+    "Path.chmod",
+    "rename2",
+)
+EXCHANGE_ONLY = {"os.link", "shutil.copytree", "rename2"}
+
+
+class Broken(Exception):
+    """Not an OSError: nothing may treat it as an answer of the file system."""
+
+
+class Trap:
+    """Counts the calls of one step and raises at the k-th, before or after the step is done."""
+
+    def __init__(self, at: int, error: BaseException, done: bool = False) -> None:
+        self.at, self.error, self.done, self.calls = at, error, done, 0
+
+    def guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.at and not self.done:
+                raise self.error
+            result = function(*args, **kwargs)
+            if self.calls == self.at:
+                raise self.error
+            return result
+
+        return guarded
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+        real_open, real_cdll = Path.open, ctypes.CDLL
+        if step == "open":
+            monkeypatch.setattr(Path, "open", self.guard(Path.open))
+        elif step == "write":
+
+            @contextlib.contextmanager
+            def torn(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Iterator[Any]:
+                with real_open(path, mode, *args, **kwargs) as file:
+                    yield SimpleNamespace(
+                        write=self.guard(lambda data: file.write(data[:3]) and file.write(data[3:])),
+                        read=file.read,
+                        flush=file.flush,
+                        fileno=file.fileno,
+                    )
+
+            monkeypatch.setattr(Path, "open", torn)
+        elif step == "rename2":
+            monkeypatch.setattr(
+                ctypes, "CDLL", lambda *a, **k: SimpleNamespace(renameat2=self.guard(real_cdll(*a, **k).renameat2))
+            )
+        else:
+            owner, name = step.split(".")
+            target: Any = {"os": os, "shutil": shutil, "Path": Path}[owner]
+            monkeypatch.setattr(target, name, self.guard(getattr(target, name)))
+
+
+def make_home(home: Path, before: Mapping[str, bytes] | None) -> Path:
+    home.mkdir()
+    if before is not None:
+        write(home / "adapter", before)
+    return home
+
+
+def attempt(home: Path) -> BaseException | None:
+    try:
+        replace_files(home / "adapter", NEW)
+    except (Broken, OSError, KeyboardInterrupt) as error:
+        return error
+    return None
+
+
+def check_whole(home: Path, before: Mapping[str, bytes] | None, failed: bool) -> None:
+    """All old or all new, other files kept, nothing left over; after an error of a step that was not done, all old."""
+    found = read(home / "adapter") if (home / "adapter").exists() else None
+    new = NEW | {name: data for name, data in (before or {}).items() if name not in NEW}
+    assert found == before if failed else found in (before, new)
+    assert os.listdir(home) == (["adapter"] if found is not None else [])
+
+
+@pytest.mark.parametrize("before", [None, OTHERS, OLD | OTHERS], ids=["new folder", "no old files", "old files"])
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "fallback"])
+@pytest.mark.parametrize(
+    "error", [Broken(), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
+)
+@pytest.mark.parametrize("step", STEPS)
+def test_an_error_at_any_step_leaves_the_old_files(
+    tmp_path: Path, before: Mapping[str, bytes] | None, exchange: bool, error: BaseException, step: str
+) -> None:
+    reached = 0
+    for k in range(1, 20):
+        home = make_home(tmp_path / str(k), before)
+        trap = Trap(k, error)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if not exchange:
+                refuse_exchange(monkeypatch, None)
+            if step != "rename2" or exchange:
+                trap.install(monkeypatch, step)
+            raised = attempt(home)
+        if trap.calls < k:  # the step happens less often than k times
+            assert raised is None
+            check_whole(home, before, failed=False)
+            break
+        reached += 1
+        # what only the exchange needs is answered with the fallback, and a folder that cannot be synced is none the worse
+        handled = isinstance(error, OSError) and raised is None and (step in EXCHANGE_ONLY or step == "os.fsync")
+        assert raised is error or handled
+        check_whole(home, before, failed=not handled and step != "os.fsync")  # the last sync comes when all is done
+    else:
+        pytest.fail("the step never ended")
+    expected = {"os.rename": before is None, "Path.chmod": before is None, "os.replace": before is not None and not exchange}
+    expected |= {"shutil.copy2": before == OLD | OTHERS and not exchange, "os.link": before is not None}
+    expected |= {"shutil.copytree": before is not None, "rename2": before is not None and exchange}
+    assert (reached > 0) == expected.get(step, True)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "fallback"])
+@pytest.mark.parametrize("before", [None, OLD | OTHERS], ids=["new folder", "old files"])
+@pytest.mark.parametrize("step", ["os.replace", "os.rename", "rename2", "os.fsync"])
+def test_an_interrupt_right_after_any_step_leaves_all_old_or_all_new(
+    tmp_path: Path, before: Mapping[str, bytes] | None, exchange: bool, step: str
+) -> None:
+    for k in range(1, 20):
+        home = make_home(tmp_path / str(k), before)
+        trap = Trap(k, KeyboardInterrupt(), done=True)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if not exchange:
+                refuse_exchange(monkeypatch, None)
+            if step != "rename2" or exchange:
+                trap.install(monkeypatch, step)
+            raised = attempt(home)
+        assert (raised is None) == (trap.calls < k)
+        check_whole(home, before, failed=False)
+        if raised is None:
+            break
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
+def test_an_exchange_that_fails_for_another_reason_is_an_error(
+    home: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    refuse_exchange(monkeypatch, code)
+    folder = write(home / "adapter", OLD | OTHERS)
+    with pytest.raises(OSError, match=str(folder)) as caught:
+        replace_files(folder, NEW)
+    assert caught.value.errno == code
+    check_whole(home, OLD | OTHERS, failed=True)
+
+
+def test_a_folder_in_the_place_of_a_file_is_an_error(home: Path, route: str) -> None:
+    folder = write(home / "adapter", {"config.json": b"old config", "weights.bin/inside": b"x"} | OTHERS)
+    before = read(folder)
+    with pytest.raises(OSError, match=r"weights\.bin"):
+        replace_files(folder, NEW)
+    assert read(folder) == before
+    assert os.listdir(home) == ["adapter"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error(home: Path) -> None:
+    (home / "adapter").write_bytes(b"a file")
+    with pytest.raises(OSError, match="adapter"):
+        replace_files(home / "adapter", NEW)
+    assert read(home) == {"adapter": b"a file"}
+
+
+# A crash: the process is gone between two lines, or just before a system call
+
+CRASH_PROGRAM = """
+import importlib.util, json, os, shutil, signal, sys
+from pathlib import Path
+
+source, root, crash, before, new = json.loads(sys.argv[1])
+spec = importlib.util.spec_from_file_location("files", source)
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+new = {name: data.encode() for name, data in new.items()}
+
+def make(folder):
+    if before is not None:
+        folder.mkdir()
+        for name, data in before.items():
+            (folder / name).write_text(data)
+
+def read(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else None
+
+def replace_and_crash(folder, at):
+    count = 0
+    def step(*args):
+        nonlocal count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGKILL) if crash == "SIGKILL" else os._exit(3)
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != source:
+            return None
+        if event in ("line", "return"):
+            step()
+        return trace
+    def audit(event, arguments):
+        if event.partition(".")[0] in ("open", "os", "shutil", "tempfile", "ctypes"):
+            step()
+    sys.addaudithook(audit)
+    sys.settrace(trace)
+    files.replace_files(folder, new)
+    sys.settrace(None)
+    os._exit(7)
+
+found, status, at = [], None, 0
+while status != 7 and at < 2000:
+    at += 1
+    home = Path(root, str(at))
+    home.mkdir()
+    folder = home / "adapter"
+    make(folder)
+    child = os.fork()
+    if child == 0:
+        try:
+            replace_and_crash(folder, at)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    crashed = read(folder)
+    files.replace_files(folder, new)
+    found.append([status, crashed, read(folder)])
+    shutil.rmtree(home)
+print(json.dumps(found))
+"""
+"""Save once for every line of `files` and every system call below it, and die there; then save again."""
+
+
+@pytest.mark.parametrize(("crash", "died"), [("SIGKILL", -signal.SIGKILL), ("os._exit", 3)], ids=["SIGKILL", "os._exit"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        None,
+        {"config.json": "old", "weights.bin": "old weights", "other": "1"},
+        {"config.json": "old", "other": "1"},
+        {"config.json": "old", "weights.bin": "new weights", "other": "1"},
+    ],
+    ids=["new folder", "both files", "one more file", "one file"],
+)
+def test_a_crash_at_any_moment(tmp_path: Path, before: dict[str, str] | None, crash: str, died: int) -> None:
+    new = {"config.json": "new", "weights.bin": "new weights"}
+    arguments = json.dumps([files.__file__, str(tmp_path), crash, before, new])
+    command = [sys.executable, "-I", "-S", "-c", CRASH_PROGRAM, arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    steps = json.loads(done.stdout)
+    after = (before or {}) | new
+    assert [status for status, _, _ in steps] == [died] * (len(steps) - 1) + [7]
+    states = [crashed for _, crashed, _ in steps]
+    assert [state for state in states if state not in (before, after)] == []
+    assert states.index(after) > 30  # it was old for a while, then new, and never old again
+    assert states[states.index(after) :] == [after] * (len(states) - states.index(after))
+    assert states.count(after) > 5
+    assert [state for _, _, state in steps] == [after] * len(steps)  # what a crash leaves is not in the way of the next save
