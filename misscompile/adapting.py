@@ -65,13 +65,13 @@ def adapt(model: M, config: object, adapter_name: str = "default", *, autocast_a
 
 def install_plan(root: nn.Module, plan: Plan) -> None:
     """Carry out a complete plan, all or nothing, and tell what it passed over."""
-    foreign = {t.name: find_foreign_forward(t.owner) for t in plan.targets if STATE not in vars(t.owner)}
+    foreign = {t.owner: find_foreign_forward(t.owner) for t in plan.targets if STATE not in vars(t.owner)}
     for target in plan.targets:  # build every class before the first change: a rewrite that fails changes nothing
         specialize(target.owner, (target.in_features, target.out_features), (target.block,))
     with transaction(root, [target.owner for target in plan.targets]):
         register_blocks(plan)
-        for name, forward in foreign.items():
-            owner_states(root)[name].foreign_forward = forward
+        for owner, forward in foreign.items():
+            vars(owner)[STATE].foreign_forward = forward
         for parameter in root.parameters():
             parameter.requires_grad_(False)
         _activate(root, (plan.adapter.name,))

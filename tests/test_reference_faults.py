@@ -1,4 +1,4 @@
-"""The faults of the reference implementation that this library does not repeat, one test each, in the order of their list."""
+"""The faults of the reference implementation that this library does not repeat, a test each, in the order of the list."""
 
 from __future__ import annotations
 
