@@ -11,7 +11,7 @@ from misscompile.adapting import (
     trainable_parameters,
     unload,
 )
-from misscompile.checkpoint import load_adapter, save_adapter
+from misscompile.checkpoint import hotswap_adapter, load_adapter, save_adapter
 from misscompile.config import MissConfig
 from misscompile.errors import (
     ArgumentError,
@@ -26,6 +26,7 @@ from misscompile.errors import (
     UnknownAdapterError,
     UnsupportedModuleError,
 )
+from misscompile.lora import LoraError, save_as_lora
 from misscompile.merging import merge, unmerge
 from misscompile.passes.dump import dump
 
@@ -34,6 +35,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "ConfigError",
+    "LoraError",
     "MergeError",
     "MissConfig",
     "MissError",
@@ -48,10 +50,12 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "dump",
+    "hotswap_adapter",
     "load_adapter",
     "merge",
     "print_trainable_parameters",
     "save_adapter",
+    "save_as_lora",
     "set_adapter",
     "trainable_parameters",
     "unload",

@@ -12,8 +12,8 @@ from torch import nn
 from misscompile.config import MissConfig, coerce_config
 from misscompile.errors import ArgumentError, MissWarning, StateError
 from misscompile.passes.install import find_foreign_forward
-from misscompile.passes.register import create_blocks, register_blocks
-from misscompile.pipeline import refresh_owner, remove_blocks, restore_owner, specialize
+from misscompile.passes.register import create_blocks, create_copies, register_blocks
+from misscompile.pipeline import refresh_owner, remove_from_owner, restore_owner, specialize
 from misscompile.plan import Plan
 from misscompile.planning import plan_adapter
 from misscompile.state import (
@@ -24,7 +24,7 @@ from misscompile.state import (
     owner_states,
     owners,
     require_adapter,
-    swap_base_weight,
+    swap_base_values,
     transaction,
     unwrap_model,
 )
@@ -59,16 +59,18 @@ def adapt(model: M, config: object, adapter_name: str = "default", *, autocast_a
     root = unwrap_model(model)
     plan = plan_adapter(root, coerce_config(config), adapter_name)
     create_blocks(plan, autocast_adapter_dtype)
+    create_copies(plan)
     install_plan(root, plan)
     return model
 
 
 def install_plan(root: nn.Module, plan: Plan) -> None:
     """Carry out a complete plan, all or nothing, and tell what it passed over."""
-    foreign = {t.owner: find_foreign_forward(t.owner) for t in plan.targets if STATE not in vars(t.owner)}
+    fresh = [owner for owner in (*(t.owner for t in plan.targets), *plan.copies) if STATE not in vars(owner)]
+    foreign = {owner: find_foreign_forward(owner) for owner in fresh}
     for target in plan.targets:  # build every class before the first change: a rewrite that fails changes nothing
-        specialize(target.owner, (target.in_features, target.out_features), (target.block,))
-    with transaction(root, [target.owner for target in plan.targets]):
+        specialize(target.owner, (target.in_features, target.out_features), (target.block,), ())
+    with transaction(root, [*(target.owner for target in plan.targets), *plan.copies]):
         register_blocks(plan)
         for owner, forward in foreign.items():
             vars(owner)[STATE].foreign_forward = forward
@@ -110,6 +112,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     for name in names:
         require_adapter(root, name)
     _check_unmerged(root, "set_adapter")
+    _check_copies_apart(root, names)
     with transaction(root, ()):
         _activate(root, tuple(dict.fromkeys(names)))
 
@@ -126,7 +129,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     _check_unmerged(root, "delete_adapter")
     with transaction(root, ()):
         for name, owner in owners(root).items():
-            remove_blocks(owner, [adapter_name], name)
+            remove_from_owner(owner, [adapter_name], name)
     left = list(adapters_of(root))
     if left and not active_adapters(root):
         warnings.warn(f"no adapter is active now; set_adapter can activate {left}.", MissWarning, stacklevel=2)
@@ -179,7 +182,7 @@ def unload(model: M) -> M:
     check_enabled(root, "unload")
     with transaction(root, ()):
         for owner in adapted.values():
-            swap_base_weight(owner)
+            swap_base_values(owner)
         for name, owner in adapted.items():
             restore_owner(owner, name)
     return model
@@ -189,11 +192,25 @@ def _activate(root: nn.Module, names: tuple[str, ...]) -> None:
     """Make exactly these adapters act, in this order, and their blocks train (unless loaded for inference)."""
     for name, owner in owners(root).items():
         state: OwnerState = vars(owner)[STATE]
-        state.active = tuple(n for n in names if n in state.blocks)
-        for block in state.blocks.values():
-            trains = block.adapter in state.active and state.adapters[block.adapter].trainable
-            owner.get_parameter(block.parameter).requires_grad_(trains)
+        state.active = tuple(n for n in names if n in state.adapters)
+        for adapter in state.adapters.values():
+            trains = adapter.name in state.active and adapter.trainable
+            for registered in state.registered(adapter.name):
+                tensor = getattr(owner, registered)
+                tensor.requires_grad_(trains and isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
         refresh_owner(owner, name)
+
+
+def _check_copies_apart(root: nn.Module, names: Sequence[str]) -> None:
+    for owner_name, state in owner_states(root).items():
+        trained = [(tensor, name) for name in names for tensor in state.copies.get(name, ())]
+        for tensor, name in trained:
+            others = [other for same, other in trained if same == tensor and other != name]
+            if others:
+                raise StateError(
+                    f"the adapters {name!r} and {others[0]!r} both train {owner_name}.{tensor} in full, and it can have "
+                    "only one value: activate one of them."
+                )
 
 
 def _shift_disabled(adapted: dict[str, nn.Module], step: int) -> None:
@@ -202,7 +219,7 @@ def _shift_disabled(adapted: dict[str, nn.Module], step: int) -> None:
         was = state.disabled > 0
         state.disabled += step
         if was != (state.disabled > 0):
-            swap_base_weight(owner)
+            swap_base_values(owner)
             refresh_owner(owner, name)
 
 

@@ -1,30 +1,43 @@
 """Adapters on disk, in PEFT's folder format: `adapter_config.json` and `adapter_model.safetensors`.
 
-Keys are `base_model.model.<module path>.miss_block`. Nothing is ever unpickled; names, shapes and dtypes are checked
-from the safetensors header before a tensor is read.
+Keys are `base_model.model.<module path>.miss_block`; `….weight` and so on for modules to save; for biases `….bias`, or
+`….base_layer.bias` on an adapted linear. Nothing is ever unpickled; names, shapes and dtypes are checked from the
+safetensors header before a tensor is read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from misscompile import variants
 from misscompile.adapting import install_plan
-from misscompile.config import MissConfig
-from misscompile.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, MissError
+from misscompile.config import PEFT_TYPE, MissConfig
+from misscompile.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, MissError, StateError
 from misscompile.files import replace_files
-from misscompile.passes.register import create_blocks
-from misscompile.plan import Plan
+from misscompile.passes.register import create_blocks, create_copies
+from misscompile.plan import Adapter, Plan
 from misscompile.planning import check_adapter_name, plan_adapter
-from misscompile.state import STATE, owners, require_adapter, unwrap_model
+from misscompile.state import (
+    STATE,
+    OwnerState,
+    base_tensor,
+    copy_name,
+    owner_states,
+    owners,
+    require_adapter,
+    unwrap_model,
+)
 from misscompile.targets import closest
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,12 +45,31 @@ M = TypeVar("M", bound=nn.Module)
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _BLOCK = "miss_block"
+BLOCK_NAMES = (_BLOCK, "bone_block")
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Header = dict[str, tuple[tuple[int, ...], str]]
 """Key to shape and dtype name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a file, known from its header alone."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass
+class Keys:
+    """The entries of a file by what they stand for: blocks by module name, other tensors by module and own name."""
+
+    blocks: dict[str, Entry]
+    tensors: dict[tuple[nn.Module, str], Entry]
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -48,45 +80,51 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     Args:
         model: an adapted model, or a wrapper around it.
         folder: created where needed.
-        adapter_name: the adapter to write.
+        adapter_name: the adapter to write; its blocks, its biases and its modules to save.
 
     Raises:
         UnknownAdapterError: the model has no such adapter.
-        CheckpointError: a block is on the meta device, or `folder` is a file.
+        CheckpointError: a tensor is on the meta device, or `folder` is a file.
         OSError: the disk is full or not writable.
     """
     root, path = unwrap_model(model), _folder(folder)
     adapter = require_adapter(root, adapter_name)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path}: an adapter is saved into a folder, and this is a file.")
-    tensors: dict[str, Tensor] = {}
-    names: list[str] = []
-    for name, owner in owners(root).items():
-        block = vars(owner)[STATE].blocks.get(adapter_name)
-        if block is not None:
-            value = owner.get_parameter(block.parameter).detach()
-            if value.is_meta:
-                raise CheckpointError(f"{name}: its block is on the meta device and has no values to save.")
-            names.append(name)
-            tensors[_key(name)] = value.cpu().contiguous().clone()
-    config = _config_to_write(root, adapter.config, names)
-    replace_files(
-        path,
-        {
-            WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
-            CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        },
-    )
+    live = adapter_tensors(root, adapter_name)
+    for key, value in live.items():
+        if value.is_meta:
+            raise CheckpointError(f"{key}: it is on the meta device and has no values to save.")
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in live.items()}
+    config = _config_to_write(root, adapter)
+    write_folder(path, tensors, config)
 
 
-def load_adapter(model: M, folder: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = False) -> M:
+def write_folder(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write the two files of an adapter folder, both or neither."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    replace_files(path, {WEIGHTS_FILE: save(dict(tensors), metadata={"format": "pt"}), CONFIG_FILE: text.encode()})
+
+
+def load_adapter(
+    model: M,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    *,
+    low_cpu_mem_usage: bool = False,
+    revision: str | None = None,
+) -> M:
     """Put a saved adapter on `model` in place and make it the active one.
 
     Args:
         model: a plain or adapted model of the architecture that the adapter was trained on.
-        folder: written by `save_adapter` or by PEFT.
+        folder: written by `save_adapter` or by PEFT (MiSS, or Bone with balance or bat); or the id of a repository on
+            the Hugging Face Hub, when `huggingface_hub` is installed and can reach it.
         adapter_name: the name it gets here; not in use on this model.
         is_trainable: let its blocks require gradients.
+        low_cpu_mem_usage: use the memory-mapped values of the file where device and dtype allow it, without a copy.
+        revision: branch, tag or commit of a Hub repository.
 
     Returns:
         `model`, the same object.
@@ -97,24 +135,114 @@ def load_adapter(model: M, folder: str | os.PathLike[str], adapter_name: str = "
             surplus or mis-shaped keys, each named). The model is left as it was.
         StateError, ConfigError: the adapter name is in use or not valid.
     """
-    root, path = unwrap_model(model), _folder(folder)
+    root = unwrap_model(model)
     check_adapter_name(root, adapter_name)
+    path = find_folder(folder, revision)
     config = read_config(path)
     config.inference_mode = not is_trainable
     weights = path / WEIGHTS_FILE
-    header = read_header(weights)
-    keys = _match_modules(root, weights, header)
+    keys = sort_keys(root, weights, read_header(weights))
     try:
         plan = plan_adapter(root, config, adapter_name)
     except MissError as error:
         raise CheckpointError(f"{path}: the adapter does not fit this model: {error}") from error
-    _check_keys(weights, plan, header, keys)
+    _check_blocks(weights, plan, keys)
+    _check_tensors(root, weights, plan, keys)
     plan.adapter.trainable = is_trainable
     with _open(weights) as file:
-        values = {target.name: file.get_tensor(keys[target.name]) for target in plan.targets}
-    create_blocks(plan, autocast_adapter_dtype=True, values=values)
+        blocks = {target.name: file.get_tensor(keys.blocks[target.name].key) for target in plan.targets}
+        copies = {owner: {name: _value(file, keys, owner, name) for name in names} for owner, names in plan.copied.items()}
+    create_blocks(plan, True, blocks, copy=not low_cpu_mem_usage)
+    create_copies(plan, copies, copy=not low_cpu_mem_usage)
     install_plan(root, plan)
     return model
+
+
+@torch.no_grad()
+def hotswap_adapter(
+    model: M, folder: str | os.PathLike[str], adapter_name: str = "default", *, revision: str | None = None
+) -> M:
+    """Put the values of a saved adapter into one that is on the model: same variant and shapes, nothing recompiles.
+
+    Args:
+        model: an adapted model.
+        folder: as for `load_adapter`.
+        adapter_name: the adapter whose values are replaced.
+
+    Returns:
+        `model`, the same object.
+
+    Raises:
+        UnknownAdapterError: the model has no such adapter.
+        StateError: it is merged.
+        CheckpointError: the file holds another variant, rank, or set of tensors. Nothing is changed then.
+    """
+    root = unwrap_model(model)
+    adapter = require_adapter(root, adapter_name)
+    if any(adapter_name in state.merged for state in owner_states(root).values()):
+        raise StateError(f"the adapter {adapter_name!r} is merged: call unmerge(model) before swapping its values.")
+    path = find_folder(folder, revision)
+    config, weights = read_config(path), path / WEIGHTS_FILE
+    for field in ("variant", "miss_dropout"):
+        if getattr(config, field) != getattr(adapter.config, field):
+            raise CheckpointError(
+                f"{path}: its {field} is {getattr(config, field)!r}, that of the adapter on the model "
+                f"{getattr(adapter.config, field)!r}: load it under a new name with load_adapter instead."
+            )
+    keys = sort_keys(root, weights, read_header(weights))
+    live = {_strip(key): value for key, value in adapter_tensors(root, adapter_name).items()}
+    there = {_strip(entry.key): entry for entry in (*keys.blocks.values(), *keys.tensors.values())}
+    for name in (*live, *there):
+        if name not in there or name not in live:
+            what = "is missing" if name not in there else "is not part of the adapter on the model"
+            raise CheckpointError(f"{weights}: key {PREFIX}{name!r} {what}.")
+        if there[name].shape != tuple(live[name].shape):
+            raise CheckpointError(
+                f"{weights}: key {there[name].key!r} has shape {there[name].shape}, on the model it is "
+                f"{tuple(live[name].shape)}: load it under a new name with load_adapter instead."
+            )
+    with _open(weights) as file:
+        values = {name: file.get_tensor(entry.key) for name, entry in there.items()}
+    for name, value in values.items():
+        live[name].copy_(value)
+    return model
+
+
+def adapter_tensors(root: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What an adapter registered on the model, by the key under which PEFT stores it."""
+    tensors: dict[str, Tensor] = {}
+    for name, owner in owners(root).items():
+        state: OwnerState = vars(owner)[STATE]
+        prefix = f"{PREFIX}{name}." if name else PREFIX
+        block = state.blocks.get(adapter_name)
+        if block is not None:
+            tensors[f"{prefix}{_BLOCK}"] = owner.get_parameter(block.parameter)
+        for tensor in state.copies.get(adapter_name, ()):
+            inner = "" if block is None else "base_layer."
+            tensors[f"{prefix}{inner}{tensor}"] = getattr(owner, copy_name(adapter_name, tensor))
+    return tensors
+
+
+def find_folder(folder: object, revision: str | None = None) -> Path:
+    """The local folder of an adapter, downloaded from the Hub where `folder` is the id of a repository.
+
+    Raises:
+        ArgumentError, CheckpointNotFoundError: it is no path, or there is no such folder or repository.
+    """
+    path = _folder(folder)
+    if path.is_dir() or not isinstance(folder, str) or not _HUB_ID.fullmatch(folder):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        return path
+    try:
+        return Path(snapshot_download(folder, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointNotFoundError(
+            f"{folder}: there is no such folder, and no such repository could be reached on the Hub ({error})."
+        ) from error
 
 
 def read_config(folder: Path) -> MissConfig:
@@ -132,6 +260,10 @@ def read_config(folder: Path) -> MissConfig:
         raise CheckpointNotFoundError(f"{path}: not found{hint}.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise CheckpointError(f"expected a JSON object, found {type(values).__name__}.")
+        if values.get("peft_type") == "BONE":  # MiSS's name before it was published
+            values = values | {"peft_type": PEFT_TYPE}
         return MissConfig.from_dict(values)
     except (ValueError, MissError) as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -152,6 +284,14 @@ def read_header(path: Path) -> Header:
         return {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()}
 
 
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of an adapter folder, with the keys as `save_adapter` writes them."""
+    path = folder / WEIGHTS_FILE
+    keys = read_header(path)
+    with _open(path) as file:
+        return {f"{PREFIX}{_strip(key)}": file.get_tensor(key) for key in keys}
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
@@ -159,65 +299,110 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}).") from error
 
 
-def _match_modules(root: nn.Module, path: Path, header: Header) -> dict[str, str]:
-    """Canonical module name to key, for every key of the file."""
+def sort_keys(root: nn.Module, path: Path, header: Header) -> Keys:
+    """Say of every key of the file what it stands for on this model.
+
+    Raises:
+        CheckpointError: a key stands for nothing; the message names it.
+    """
     modules = dict(root.named_modules(remove_duplicate=False))
     canonical = {module: name for name, module in root.named_modules()}
-    keys: dict[str, str] = {}
-    for key in header:
-        name = _module_name(key)
-        if name is None:
-            raise CheckpointError(f"{path}: key {key!r} is not one of a MiSS adapter ({_PREFIX}<module>.{_BLOCK}).")
-        if name not in modules:
+    keys = Keys({}, {})
+    for key, (shape, dtype) in header.items():
+        if not key.startswith(PREFIX):
+            raise CheckpointError(f"{path}: key {key!r} is not one of a PEFT adapter: it does not start with {PREFIX!r}.")
+        module_name, _, tensor = f".{_strip(key)}".rpartition(".")
+        module_name = module_name.removeprefix(".")
+        if any(part in module_name.split(".") for part in ("modules_to_save", "original_module")):
+            continue  # PEFT repeats what stands under the plain name too
+        inner = module_name.removesuffix("base_layer").removesuffix(".")
+        if inner not in modules:
             raise CheckpointError(
-                f"{path}: key {key!r} is for a module that this model does not have{closest(name, modules)}. Is it the "
+                f"{path}: key {key!r} is for a module that this model does not have{closest(inner, modules)}. Is it the "
                 "base model that the adapter was trained on?"
             )
-        keys[canonical[modules[name]]] = key
+        owner, entry = modules[inner], Entry(key, shape, dtype)
+        if tensor in BLOCK_NAMES:
+            keys.blocks[canonical[owner]] = entry
+        elif tensor in (*owner._parameters, *owner._buffers):
+            if inner == module_name or "bias" in tensor:  # a targeted output layer's frozen weight is no part of it
+                keys.tensors[owner, tensor] = entry
+        else:
+            raise CheckpointError(f"{path}: key {key!r} stands for nothing that {inner or 'the model'} has.")
     return keys
 
 
-def _check_keys(path: Path, plan: Plan, header: Header, keys: Mapping[str, str]) -> None:
+def _check_blocks(path: Path, plan: Plan, keys: Keys) -> None:
     config = plan.adapter.config
     for target in plan.targets:
-        if target.name not in keys:
-            raise CheckpointError(f"{path}: key {_key(target.name)!r} is missing, although the config chooses that module.")
-        key = keys[target.name]
-        shape, dtype = header[key]
+        entry = keys.blocks.get(target.name)
+        if entry is None:
+            raise CheckpointError(
+                f"{path}: key '{PREFIX}{target.name}.{_BLOCK}' is missing, although the config chooses that module."
+            )
         sizes = (config.r, config.mini_r, target.in_features, target.out_features)
         expected = variants.block_shape(config.variant, *sizes)
-        if shape != expected:
+        if entry.shape != expected:
             raise CheckpointError(
-                f"{path}: key {key!r} has shape {shape}, but {config.variant} with r={config.r} on a "
+                f"{path}: key {entry.key!r} has shape {entry.shape}, but {config.variant} with r={config.r} on a "
                 f"{target.in_features}→{target.out_features} linear needs {expected}."
             )
-        if dtype not in _DTYPES:
-            raise CheckpointError(f"{path}: key {key!r} has dtype {dtype}; a block has one of {', '.join(_DTYPES)}.")
-    surplus = set(keys) - {target.name for target in plan.targets}
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{path}: key {entry.key!r} has dtype {entry.dtype}; a block has one of {', '.join(_DTYPES)}."
+            )
+    surplus = set(keys.blocks) - {target.name for target in plan.targets}
     if surplus:
-        raise CheckpointError(f"{path}: key {keys[min(surplus)]!r} is for a module that the config does not choose.")
+        key = keys.blocks[min(surplus)].key
+        raise CheckpointError(f"{path}: key {key!r} is for a module that the config does not choose.")
 
 
-def _config_to_write(root: nn.Module, config: MissConfig, names: list[str]) -> dict[str, Any]:
+def _check_tensors(root: nn.Module, path: Path, plan: Plan, keys: Keys) -> None:
+    """Hold the tensors of the file against those the adapter trains in full, and take in what else PEFT stores."""
+    for owner, names in plan.copied.items():
+        for name in names:
+            if (owner, name) not in keys.tensors and name in owner._parameters:
+                where = next(n for n, module in root.named_modules() if module is owner)
+                raise CheckpointError(
+                    f"{path}: a key for {where}.{name} is missing, although the config trains it (modules_to_save="
+                    f"{plan.adapter.config.modules_to_save}, bias={plan.adapter.config.bias!r})."
+                )
+    for (owner, name), entry in keys.tensors.items():
+        expected = tuple(base_tensor(owner, name).shape)
+        if entry.shape != expected:
+            raise CheckpointError(f"{path}: key {entry.key!r} has shape {entry.shape}, the model's is {expected}.")
+        if name not in plan.copied.get(owner, ()):
+            # PEFT calls every parameter with "bias" in its name a bias, and stores embeddings that were resized
+            stored = plan.adapter.config.bias == "all" and "bias" in entry.key
+            if not stored and owner not in _embeddings(root):
+                raise CheckpointError(f"{path}: key {entry.key!r} is for a tensor that the config does not train.")
+            plan.copied[owner] = (*plan.copied.get(owner, ()), name)
+
+
+def _embeddings(root: nn.Module) -> list[nn.Module]:
+    getters = (getattr(root, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    return [module for get in getters if callable(get) and isinstance(module := get(), nn.Module)]
+
+
+def _value(file: Any, keys: Keys, owner: nn.Module, name: str) -> Tensor:
+    entry = keys.tensors.get((owner, name))
+    return base_tensor(owner, name) if entry is None else file.get_tensor(entry.key)  # a buffer that PEFT left out
+
+
+def _config_to_write(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    config = adapter.config
     values = config.to_dict() | {"inference_mode": True}
     if config.target_modules is None or config.selects_all_linear:  # what was chosen here, wherever it is read
-        values["target_modules"] = names
+        values["target_modules"] = [n for n, state in owner_states(root).items() if adapter.name in state.blocks]
     if values["base_model_name_or_path"] is None:
         name = getattr(root, "name_or_path", None)
         values["base_model_name_or_path"] = name if isinstance(name, str) and name else None
     return {key: value for key, value in values.items() if key != "peft_version" or value is not None}
 
 
-def _key(module_name: str) -> str:
-    return f"{_PREFIX}{module_name}.{_BLOCK}" if module_name else f"{_PREFIX}{_BLOCK}"
-
-
-def _module_name(key: str) -> str | None:
-    """The module of a block's key, or None where it is no such key; `_orig_mod.` comes from a compiled wrapper."""
-    path = key.replace("_orig_mod.", "")
-    if not path.startswith(_PREFIX) or path.rsplit(".", 1)[-1] != _BLOCK:
-        return None
-    return path.removeprefix(_PREFIX).removesuffix(_BLOCK).removesuffix(".")
+def _strip(key: str) -> str:
+    """A key without PEFT's prefix and without what a compiled wrapper adds."""
+    return key.removeprefix(PREFIX).replace("_orig_mod.", "")
 
 
 def _folder(folder: object) -> Path:

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from misscompile.errors import ArgumentError, MergeError, MissWarning, StateError
 from misscompile.passes.merge import fold_weight
-from misscompile.pipeline import refresh_owner, remove_blocks, restore_owner, trace_scope
+from misscompile.pipeline import refresh_owner, remove_from_owner, restore_owner, trace_scope
 from misscompile.state import (
     STATE,
     OwnerState,
     adapters_of,
+    base_tensor,
     check_enabled,
+    copy_name,
     owner_states,
     owners,
     require_adapter,
-    swap_base_weight,
+    swap_base_values,
+    tensor_version,
     unwrap_model,
-    weight_version,
 )
 
 M = TypeVar("M", bound=nn.Module)
@@ -59,6 +61,11 @@ def merge(model: M, adapter_names: list[str] | None = None, keep_adapters: bool 
         fold()
     for group, fold in zip(groups, folds, strict=True):
         _commit(group, fold(), names, keep_adapters)
+    for name, owner in owners(root).items():
+        state: OwnerState = vars(owner)[STATE]
+        if not state.merged and any(n in state.copies for n in names):  # modules to save: no blocks, only copies
+            _write_copies(owner, names, keep_adapters)
+            _finish(owner, names, name, keep_adapters)
     if adapter_names is None and not keep_adapters:
         left = [name for name in adapters_of(root) if name not in names]
         for name, owner in owners(root).items():
@@ -85,15 +92,16 @@ def unmerge(model: M) -> M:
         raise StateError("nothing is merged: unmerge undoes merge(model, keep_adapters=True).")
     for name, owner in merged.items():
         state: OwnerState = vars(owner)[STATE]
-        if state.merged_version is not None and not _is_current(state.merged_version, weight_version(owner)):
-            raise MergeError(
-                f"{name}: its weight was changed after it was merged, so unmerge would throw that change away. "
-                "Load the base weights again, or keep the merged ones with unload(model)."
-            )
+        for tensor, version in state.merged_versions.items():
+            if not _is_current(version, tensor_version(base_tensor(owner, tensor))):
+                raise MergeError(
+                    f"{name}: its {tensor} was changed after it was merged, so unmerge would throw that change away. "
+                    "Load the merged values again, then call unmerge; or load the base weights after unload(model)."
+                )
     for name, owner in merged.items():
         state = vars(owner)[STATE]
-        swap_base_weight(owner)
-        state.merged, state.base_weight, state.merged_version = (), None, None
+        swap_base_values(owner)
+        state.merged, state.base_values, state.merged_versions = (), {}, {}
         refresh_owner(owner, name)
     return model
 
@@ -141,7 +149,8 @@ def _weight_groups(root: nn.Module, names: tuple[str, ...]) -> list[Group]:
 def _plan_fold(group: Group, names: tuple[str, ...], keep_adapters: bool) -> Fold:
     name, owner = group[0]
     state: OwnerState = vars(owner)[STATE]
-    scope = trace_scope(owner, (state.in_features, state.out_features))
+    assert state.shape is not None
+    scope = trace_scope(owner, state.shape)
     if scope.opaque is not None:
         raise MergeError(f"{name}: {scope.opaque}, so that its update cannot be shown to be one of its weight.")
     if parametrize.is_parametrized(owner, "weight") and keep_adapters:
@@ -163,18 +172,35 @@ def _plan_fold(group: Group, names: tuple[str, ...], keep_adapters: bool) -> Fol
 def _commit(group: Group, merged: Tensor, names: tuple[str, ...], keep_adapters: bool) -> None:
     first = group[0][1]
     if keep_adapters:
-        vars(first)[STATE].base_weight = first.get_parameter("weight").detach().clone()
+        vars(first)[STATE].base_values["weight"] = first.get_parameter("weight").detach().clone()
     for name, owner in group:
-        state: OwnerState = vars(owner)[STATE]
-        if keep_adapters:
-            state.merged = tuple(n for n in names if n in state.blocks)
-            refresh_owner(owner, name)
-        else:
-            remove_blocks(owner, names, name)
+        _write_copies(owner, names, keep_adapters)
+        _finish(owner, names, name, keep_adapters)
     _write_weight(first, merged)
     if keep_adapters:
-        for _, owner in group:
-            vars(owner)[STATE].merged_version = weight_version(owner)
+        vars(first)[STATE].merged_versions["weight"] = tensor_version(first.get_parameter("weight"))
+
+
+def _finish(owner: nn.Module, names: tuple[str, ...], name: str, keep_adapters: bool) -> None:
+    state: OwnerState = vars(owner)[STATE]
+    if keep_adapters:
+        state.merged = tuple(n for n in names if n in state.adapters)
+        refresh_owner(owner, name)
+    else:
+        remove_from_owner(owner, names, name)
+
+
+@torch.no_grad()
+def _write_copies(owner: nn.Module, names: tuple[str, ...], keep_adapters: bool) -> None:
+    state: OwnerState = vars(owner)[STATE]
+    for adapter in names:
+        for tensor in state.copies.get(adapter, ()):
+            base = base_tensor(owner, tensor)
+            if keep_adapters:
+                state.base_values[tensor] = base.detach().clone()
+            base.copy_(getattr(owner, copy_name(adapter, tensor)))
+            if keep_adapters:
+                state.merged_versions[tensor] = tensor_version(base)
 
 
 @torch.no_grad()

@@ -30,6 +30,9 @@ from misscompile.state import STATE, OwnerState
 
 logger = logging.getLogger("misscompile.passes")
 
+Copies = tuple[tuple[str, str], ...]
+"""`(tensor, its registered copy)` for everything that the active adapters train in full on one module."""
+
 ScopePass = Callable[[Scope], None]
 
 ADAPT: tuple[ScopePass, ...] = (find_sites, insert_updates, generate_forward)
@@ -76,15 +79,23 @@ def trace_scope(owner: nn.Module, shape: tuple[int, int]) -> Scope:
     return scope
 
 
-def specialize(owner: nn.Module, shape: tuple[int, int], blocks: tuple[Block, ...]) -> type[AdaptedOwner]:
-    """The class that makes `owner` compute its base forward plus `blocks`; built once for each structure and set.
+def specialize(
+    owner: nn.Module, shape: tuple[int, int] | None, blocks: tuple[Block, ...], copies: Copies
+) -> type[AdaptedOwner]:
+    """The class that makes `owner` compute its base forward with `blocks` and `copies`; built once for each structure.
 
     Raises:
         UnsupportedModuleError: a block cannot be inserted into this owner's forward.
     """
+    if shape is None:
+        base_class = vars(owner)[STATE].base_class if STATE in vars(owner) else type(owner)
+        key: Any = (base_class, copies)
+        if key not in _classes:
+            _classes[key] = make_class(base_class, None, copies)
+        return _classes[key]
     base = trace_scope(owner, shape)
     structure = _structure(owner)
-    key = (structure, blocks) if _traced.get(structure) is base else None
+    key = (structure, blocks, copies) if _traced.get(structure) is base else None
     found = _classes.get(key)
     if found is None:
         scope = Scope(
@@ -98,7 +109,7 @@ def specialize(owner: nn.Module, shape: tuple[int, int], blocks: tuple[Block, ..
             base_code=base.base_code,
         )
         run_passes(ADAPT, scope)
-        found = make_class(scope)
+        found = make_class(base.base_class, scope, copies)
         if key is not None:
             _classes[key] = found
     return found
@@ -109,7 +120,7 @@ def refresh_owner(owner: nn.Module, name: str = "the module") -> None:
     state: OwnerState = vars(owner)[STATE]
     check_class(owner, name)
     blocks = state.effective_blocks()
-    new_class = specialize(owner, (state.in_features, state.out_features), blocks)
+    new_class = specialize(owner, state.shape, blocks, state.effective_copies())
     set_class(owner, new_class, state.foreign_forward, inserted=bool(blocks))
 
 
@@ -117,25 +128,25 @@ def restore_owner(owner: nn.Module, name: str = "the module") -> None:
     """Remove every trace of adapters from an owner: parameters, record, class, forward."""
     state: OwnerState = vars(owner)[STATE]
     check_class(owner, name)
-    for block in state.blocks.values():
-        owner._parameters.pop(block.parameter, None)
+    for registered in state.all_registered():
+        delattr(owner, registered)
     set_class(owner, state.base_class, state.foreign_forward, inserted=False)
     del vars(owner)[STATE]
 
 
-def remove_blocks(owner: nn.Module, adapter_names: Sequence[str], name: str = "the module") -> None:
-    """Take the blocks of some adapters off an owner; without any block left it is plain again."""
+def remove_from_owner(owner: nn.Module, adapter_names: Sequence[str], name: str = "the module") -> None:
+    """Take what some adapters registered off an owner; with nothing left it is plain again."""
     state: OwnerState = vars(owner)[STATE]
-    if not set(state.blocks) - set(adapter_names):
+    if not set(state.adapters) - set(adapter_names):
         restore_owner(owner, name)
         return
     state.active = tuple(n for n in state.active if n not in adapter_names)
     refresh_owner(owner, name)
     for adapter in adapter_names:
-        state.adapters.pop(adapter, None)
-        block = state.blocks.pop(adapter, None)
-        if block is not None:
-            owner._parameters.pop(block.parameter)
+        for registered in state.registered(adapter):
+            delattr(owner, registered)
+        for record in (state.adapters, state.blocks, state.copies):
+            record.pop(adapter, None)
 
 
 def _structure(owner: nn.Module) -> Any:
@@ -144,7 +155,7 @@ def _structure(owner: nn.Module) -> Any:
     A traced forward reads no plain attribute but its shape (`passes.trace` refuses it otherwise).
     """
     state: OwnerState | None = vars(owner).get(STATE)
-    ours = {block.parameter for block in state.blocks.values()} if state else set()
+    ours = set(state.all_registered()) if state else set()
     tensors = [(n, p) for n, p in (*owner._parameters.items(), *owner._buffers.items()) if n not in ours]
     return (
         state.base_class if state else type(owner),

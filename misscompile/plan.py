@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from misscompile.config import MissConfig, Variant
 
@@ -95,5 +95,9 @@ class Plan:
     adapter: Adapter
     targets: list[Target]
     notes: list[str]
+    copied: dict[nn.Module, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """The tensors of each module that the adapter trains in full: biases and modules to save."""
     parameters: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     """The new block of each target, by target name; targets that share a weight share the parameter."""
+    copies: dict[nn.Module, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    """The new copy of each tensor in `copied`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
@@ -22,6 +23,8 @@ from misscompile.state import STATE, check_enabled, owner_states
 from misscompile.targets import Selection, select_names
 
 _CLASSIFIER_NAMES = ("score", "classifier")
+_TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that a task trains in full without being told, as PEFT's model classes do."""
 _SHOWN = 5
 
 
@@ -32,7 +35,7 @@ def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Pla
         ConfigError, NoMatchError, UnsupportedModuleError, StateError, ArgumentError: see `misscompile.adapt`.
     """
     check_adapter_name(model, adapter_name)
-    _check_fields(config)
+    config = _with_task_heads(model, config)
     modules = dict(model.named_modules(remove_duplicate=False))
     if linear_shape(model) is None:
         del modules[""]
@@ -52,7 +55,8 @@ def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Pla
     _check_shapes(targets, config)
     notes = [*selection.notes, *_refusal_notes(refusals)]
     adapter = Adapter(adapter_name, config, refusals=tuple(refusals))
-    return Plan(adapter, targets, notes + _shared_weights(model, targets))
+    copied = _trained_in_full(model, config, [modules[name] for name in selection.saved], targets)
+    return Plan(adapter, targets, notes + _shared_weights(model, targets), copied)
 
 
 def check_adapter_name(model: nn.Module, name: object) -> None:
@@ -77,13 +81,43 @@ def check_adapter_name(model: nn.Module, name: object) -> None:
             )
 
 
-def _check_fields(config: MissConfig) -> None:
-    for field, off in (("bias", "none"), ("modules_to_save", None)):
-        if getattr(config, field) != off:
-            raise ConfigError(
-                f"MissConfig.{field}={getattr(config, field)!r}: training base parameters beside the blocks is not "
-                f"supported by this version; set it to {off!r}."
+def _with_task_heads(model: nn.Module, config: MissConfig) -> MissConfig:
+    """`config` with the head of its task among the modules to save."""
+    names = [name for name, _ in model.named_modules()]
+    saved = list(config.modules_to_save or ())
+    for head in _TASK_HEADS.get(config.task_type or "", ()):
+        if head not in saved and any(name.endswith(head) for name in names):
+            saved.append(head)
+    return dataclasses.replace(config, modules_to_save=saved or None)
+
+
+def _trained_in_full(
+    model: nn.Module, config: MissConfig, saved: Sequence[nn.Module], targets: Sequence[Target]
+) -> dict[nn.Module, tuple[str, ...]]:
+    """The tensors of each module that the adapter trains beside its blocks."""
+    found: dict[nn.Module, dict[str, None]] = {}
+    for module in dict.fromkeys(inner for outer in saved for inner in outer.modules()):
+        buffers = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        own = [name for name in (*module._parameters, *buffers) if getattr(module, name) is not None]
+        found.setdefault(module, {}).update(dict.fromkeys(own))
+    if config.bias != "none":
+        modules = model.modules() if config.bias == "all" else [target.owner for target in targets]
+        for module in modules:
+            own = [name for name, value in module._parameters.items() if "bias" in name and value is not None]
+            found.setdefault(module, {}).update(dict.fromkeys(own))
+    registered = {module: set(vars(module)[STATE].all_registered()) for module in found if STATE in vars(module)}
+    result = {m: tuple(n for n in names if n not in registered.get(m, ())) for m, names in found.items()}
+    for module, names in result.items():
+        if names and isinstance(module, nn.RNNBase):
+            raise UnsupportedModuleError(
+                f"{_name_of(model, module)} ({type(module).__name__}) keeps its weights in a list of its own, so that a "
+                "trained copy of them would have no effect: leave it out of modules_to_save and bias."
             )
+    return {module: names for module, names in result.items() if names}
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module) or "the model itself"
 
 
 def _once(names: Iterable[str], modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:

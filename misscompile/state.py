@@ -24,20 +24,22 @@ STATE = "_miss"
 
 @dataclasses.dataclass
 class OwnerState:
-    """The record on a module that owns an adapted weight. The module's class is derived from it, never the reverse."""
+    """The record on a module that adapters act on. The module's class is derived from it, never the reverse."""
 
     base_class: type[nn.Module]
-    in_features: int
-    out_features: int
+    shape: tuple[int, int] | None
+    """`(in_features, out_features)` of a linear; None for a module that only has copies."""
     blocks: dict[str, Block] = dataclasses.field(default_factory=dict)
+    copies: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Adapter to the tensors that it trains in full (biases, modules to save), each beside the base's own."""
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
     active: tuple[str, ...] = ()
     disabled: int = 0
     merged: tuple[str, ...] = ()
-    base_weight: Tensor | None = None
-    """The weight as it was before a merge that keeps the adapters."""
-    merged_version: tuple[int, int] | None = None
-    """`(id, _version)` of the weight right after that merge; a later change of the weight shows in it."""
+    base_values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Tensors as they were before a merge that keeps the adapters."""
+    merged_versions: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """`(id, _version)` of those tensors right after that merge; a later change shows in it."""
     foreign_forward: Any = None
     """An instance attribute `forward` that somebody else had put on the module."""
 
@@ -46,6 +48,27 @@ class OwnerState:
         if self.disabled:
             return ()
         return tuple(self.blocks[name] for name in self.active if name in self.blocks and name not in self.merged)
+
+    def effective_copies(self) -> tuple[tuple[str, str], ...]:
+        """`(tensor, the registered copy that stands for it now)`."""
+        if self.disabled:
+            return ()
+        acting = [name for name in self.active if name in self.copies and name not in self.merged]
+        return tuple((tensor, copy_name(name, tensor)) for name in acting for tensor in self.copies[name])
+
+    def registered(self, adapter: str) -> list[str]:
+        """Names of everything that one adapter registered on this module."""
+        block = [self.blocks[adapter].parameter] if adapter in self.blocks else []
+        return block + [copy_name(adapter, tensor) for tensor in self.copies.get(adapter, ())]
+
+    def all_registered(self) -> list[str]:
+        """Names of everything that any adapter registered on this module."""
+        return [name for adapter in self.adapters for name in self.registered(adapter)]
+
+
+def copy_name(adapter: str, tensor: str) -> str:
+    """Name under which the copy of `tensor` that an adapter trains is registered on the tensor's module."""
+    return f"miss_copy_{adapter}_{tensor}"
 
 
 def unwrap_model(model: object) -> nn.Module:
@@ -108,46 +131,58 @@ def check_enabled(model: nn.Module, verb: str) -> None:
         raise StateError(f"{verb} was called inside disable_adapter(model): leave the context first.")
 
 
-def weight_version(owner: nn.Module) -> tuple[int, int]:
-    """`(id, _version)` of the weight, which changes with every in-place write that autograd knows of."""
-    weight = owner.weight
-    assert isinstance(weight, Tensor)
-    return id(weight), weight._version
+def base_tensor(owner: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of the base by its own name, whatever stands for it now."""
+    tensor: Tensor | None = owner._parameters.get(name)
+    tensor = owner._buffers.get(name) if tensor is None else tensor
+    assert tensor is not None
+    return tensor
+
+
+def tensor_version(tensor: Tensor) -> tuple[int, int]:
+    """`(id, _version)`, which changes with every in-place write that autograd knows of."""
+    return id(tensor), tensor._version
 
 
 @torch.no_grad()
-def swap_base_weight(owner: nn.Module) -> None:
-    """Exchange the weight of a merged owner with its kept base weight, in place and bit for bit; else do nothing."""
+def swap_base_values(owner: nn.Module) -> None:
+    """Exchange the merged tensors of an owner with the kept ones of the base, in place and bit for bit."""
     state: OwnerState = vars(owner)[STATE]
-    weight = owner.weight if state.base_weight is not None else None
-    if state.base_weight is None or not isinstance(weight, Tensor):
-        return
-    held = weight.detach().clone()
-    weight.copy_(state.base_weight)
-    state.base_weight.copy_(held)
-    state.merged_version = weight_version(owner)
+    for name, kept in state.base_values.items():
+        tensor = base_tensor(owner, name)
+        held = tensor.detach().clone()
+        tensor.copy_(kept)
+        kept.copy_(held)
+        state.merged_versions[name] = tensor_version(tensor)
 
 
 @contextlib.contextmanager
 def transaction(model: nn.Module, touched: Iterable[nn.Module]) -> Iterator[None]:
     """Put records, classes, parameters and `requires_grad` flags back as they were if the body raises."""
     modules = dict.fromkeys([*touched, *owners(model).values()])
-    saved = [(m, type(m), dict(vars(m)), dict(m._parameters), copy.copy(vars(m).get(STATE))) for m in modules]
-    dicts = [(s, dict(s.blocks), dict(s.adapters)) for *_, s in saved if s is not None]
+    saved = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers), _copy_state(m)) for m in modules]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        for state, blocks, adapters in dicts:
-            state.blocks, state.adapters = blocks, adapters
-        for module, kind, members, parameters, state in saved:
+        for module, kind, members, parameters, buffers, state in saved:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(members)
             module._parameters.clear()
             module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
             if state is not None:
                 vars(module)[STATE] = state
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
+
+
+def _copy_state(module: nn.Module) -> OwnerState | None:
+    state: OwnerState | None = vars(module).get(STATE)
+    if state is None:
+        return None
+    fields = {f.name: copy.copy(getattr(state, f.name)) for f in dataclasses.fields(state) if f.name != "foreign_forward"}
+    return OwnerState(**fields, foreign_forward=state.foreign_forward)

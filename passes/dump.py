@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from typing import Literal
 
-from misscompile.passes.insert import folds_into_weight
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +12,7 @@ from torch import nn
 
 from misscompile import cost
 from misscompile.errors import ArgumentError, StateError
+from misscompile.passes.insert import folds_into_weight
 from misscompile.pipeline import trace_scope
 from misscompile.plan import Block, Scope
 from misscompile.state import OwnerState, adapters_of, owner_states, owners, unwrap_model
@@ -54,14 +54,16 @@ def _text(root: nn.Module) -> str:
     adapted = owners(root)
     rows = []
     for name, state in owner_states(root).items():
-        scope = trace_scope(adapted[name], (state.in_features, state.out_features))
+        if state.shape is None:
+            continue
+        scope = trace_scope(adapted[name], state.shape)
         kind = type(adapted[name]).__name__ + (" (opaque)" if scope.opaque else "")
         for block in state.blocks.values():
             base, added = _step_flops(scope, block)
-            rows.append((name or "(root)", kind, block, state, adapted[name], base, added))
+            rows.append((name or "(root)", kind, block, state, adapted[name], scope, base, added))
     total = sum(base + added for *_, base, added in rows)
-    for name, kind, block, state, owner, base, added in rows:
-        sizes = f"{state.in_features}→{state.out_features}"
+    for name, kind, block, state, owner, block_scope, base, added in rows:
+        sizes = f"{block_scope.in_features}→{block_scope.out_features}"
         parameters = f"{owner.get_parameter(block.parameter).numel():,}"
         variant = f"{block.variant} m={block.mini_r}" if block.variant == "mini" else block.variant
         shares = f"{added / base:+.2%}", f"{(base + added) / total:.2%}"
@@ -71,6 +73,9 @@ def _text(root: nn.Module) -> str:
         own = [row for row in rows if row[2].adapter == adapter.name]
         count = sum(row[4].get_parameter(row[2].parameter).numel() for row in own)
         lines.append(f"adapter {adapter.name!r}: {len(own)} sites, {count:,} parameters, {len(adapter.refusals)} refused")
+        for name, state in owner_states(root).items():
+            if adapter.name in state.copies:
+                lines.append(f"  trained in full: {name or '(root)'}: {', '.join(state.copies[adapter.name])}")
         lines += [f"  refused: {refusal.name} ({refusal.kind}): {refusal.reason}" for refusal in adapter.refusals]
     return "\n".join(lines)
 
@@ -96,8 +101,9 @@ def _step_flops(scope: Scope, block: Block) -> tuple[int, int]:
 def _code(root: nn.Module) -> str:
     names: dict[Scope, list[str]] = {}
     for name, owner in owners(root).items():
-        scope: Scope = type(owner).scope  # type: ignore[attr-defined]
-        names.setdefault(scope, []).append(name or "(root)")
+        scope: Scope | None = type(owner).scope  # type: ignore[attr-defined]
+        if scope is not None:
+            names.setdefault(scope, []).append(name or "(root)")
     parts = []
     for scope, sites in names.items():
         title = f"{scope.base_class.__name__} {scope.in_features}→{scope.out_features}, {len(sites)} owners"

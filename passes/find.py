@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from misscompile.passes.trace import require_linear_output
 from torch import fx, nn
 
+from misscompile.passes.trace import require_linear_output
 from misscompile.plan import Scope, Site
 
 _WEIGHT_SOURCES = ("weight", "parametrizations.weight")

@@ -14,11 +14,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from misscompile.passes.trace import BASE_FORWARD
 from torch import nn
 
 from misscompile.errors import StateError
+from misscompile.passes.trace import BASE_FORWARD
 from misscompile.plan import Scope
 from misscompile.state import STATE, OwnerState
 
@@ -44,8 +43,8 @@ def readable_code(source: str) -> str:
 class AdaptedOwner(nn.Module):
     """What an adapted module can do beside its own class's behaviour. Always the first base of a specialised class."""
 
-    scope: Scope
-    """The scope whose forward this class carries."""
+    scope: Scope | None
+    """The scope whose forward this class carries; None for a module that is no linear."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         constructor, arguments, state, *rest = tuple(super().__reduce_ex__(protocol))
@@ -62,8 +61,8 @@ class AdaptedOwner(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        weight = getattr(self, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dtype != type(self).scope.weight_dtype:
+        scope, weight = type(self).scope, self._parameters.get("weight")
+        if scope is not None and weight is not None and weight.dtype != scope.weight_dtype:
             from misscompile.pipeline import refresh_owner
 
             refresh_owner(self)  # which form of bat is exact depends on the dtype of the weight
@@ -72,12 +71,13 @@ class AdaptedOwner(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         missing_keys: list[str] = args[2]
-        ours = {prefix + block.parameter for block in getattr(self, STATE).blocks.values()}
-        missing_keys[:] = [key for key in missing_keys if key not in ours]  # a base checkpoint has no blocks
+        ours = {prefix + name for name in getattr(self, STATE).all_registered()}
+        missing_keys[:] = [key for key in missing_keys if key not in ours]  # a base checkpoint has no adapters
 
     def extra_repr(self) -> str:
         state: OwnerState = getattr(self, STATE)
-        blocks = ", ".join(f"{b.adapter}: {b.variant} r={b.r}" for b in state.blocks.values())
+        parts = [f"{b.adapter}: {b.variant} r={b.r}" for b in state.blocks.values()]
+        blocks = ", ".join(parts + [f"{name}: {', '.join(tensors)}" for name, tensors in state.copies.items()])
         off = " (merged)" if state.merged else " (disabled)" if state.disabled else ""
         return ", ".join(part for part in (super().extra_repr(), f"miss=[{blocks}]{off}") if part)
 
@@ -93,13 +93,27 @@ def _reconstruct(constructor: Callable[..., nn.Module], arguments: tuple[Any, ..
     return module
 
 
-def make_class(scope: Scope) -> type[AdaptedOwner]:
-    """The subclass of `scope.base_class` that runs `scope.forward` (the base's own forward where no block acts)."""
-    base = scope.base_class
+def make_class(base: type[nn.Module], scope: Scope | None, copies: tuple[tuple[str, str], ...]) -> type[AdaptedOwner]:
+    """A subclass of `base` for an adapted module.
+
+    Args:
+        base: the class of the module without adapters.
+        scope: its `forward` becomes that of the class where blocks act.
+        copies: `(tensor, copy)`: the attribute `tensor` of the class gives the registered `copy`, as
+            `torch.nn.utils.parametrize` does it, so that every code that reads it gets what the adapter trained.
+    """
     members: dict[str, Any] = {"scope": scope, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    if scope.blocks:
+    if scope is not None and scope.blocks:
         members |= {"forward": scope.forward, BASE_FORWARD: base.forward}
+    members |= {tensor: _alias(copied) for tensor, copied in copies}
     return type(base.__name__, (AdaptedOwner, base), members)
+
+
+def _alias(copied: str) -> property:
+    def read(self: nn.Module) -> Any:  # a function, since Dynamo does not follow operator.attrgetter
+        return getattr(self, copied)
+
+    return property(read)
 
 
 def set_class(owner: nn.Module, new_class: type[nn.Module], foreign: Any, inserted: bool) -> None:

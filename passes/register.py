@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from misscompile.config import MissConfig
 from misscompile.plan import Plan, Target
-from misscompile.state import STATE, OwnerState
+from misscompile.state import STATE, OwnerState, base_tensor, copy_name
 from misscompile.variants import block_shape, init_block
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def create_blocks(plan: Plan, autocast_adapter_dtype: bool, values: Mapping[str, Tensor] | None = None) -> None:
+def create_blocks(
+    plan: Plan, autocast_adapter_dtype: bool, values: Mapping[str, Tensor] | None = None, copy: bool = True
+) -> None:
     """Fill `plan.parameters`: one new parameter for each target, shared by targets that share their weight.
 
     dtype: float32 where the weight is 16-bit and `autocast_adapter_dtype` is set, or where the weight is no float at
@@ -30,6 +32,7 @@ def create_blocks(plan: Plan, autocast_adapter_dtype: bool, values: Mapping[str,
         plan: complete and checked.
         autocast_adapter_dtype: see above.
         values: what to put into the blocks, by target name, instead of the start values of the config.
+        copy: False lets a block be the given tensor itself where dtype and device allow it.
     """
     by_weight: dict[int, nn.Parameter] = {}
     for target in plan.targets:
@@ -40,7 +43,7 @@ def create_blocks(plan: Plan, autocast_adapter_dtype: bool, values: Mapping[str,
             if values is None:
                 by_weight[key] = nn.Parameter(_start(target, plan.adapter.config, dtype, device))
             else:
-                by_weight[key] = nn.Parameter(values[target.name].to(device=device, dtype=dtype, copy=True))
+                by_weight[key] = nn.Parameter(values[target.name].to(device=device, dtype=dtype, copy=copy))
         plan.parameters[target.name] = by_weight[key]
 
 
@@ -65,14 +68,47 @@ def _start(target: Target, config: MissConfig, dtype: torch.dtype, device: torch
     return drawn.to(device=device, dtype=dtype)
 
 
+def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] | None = None, copy: bool = True) -> None:
+    """Fill `plan.copies`: a copy of every tensor that the adapter trains in full, in the dtype and place of the base's.
+
+    Args:
+        plan: complete and checked.
+        values: what to put into the copies instead of the values of the base.
+        copy: False lets a copy be the given tensor itself where dtype and device allow it.
+    """
+    for owner, names in plan.copied.items():
+        for name in names:
+            base = base_tensor(owner, name)
+            value = base if values is None else values[owner][name]
+            copied = value.detach().to(device=base.device, dtype=base.dtype, copy=copy or value is base)
+            is_parameter = isinstance(base, nn.Parameter)
+            copied = nn.Parameter(copied, requires_grad=copied.is_floating_point()) if is_parameter else copied
+            plan.copies.setdefault(owner, {})[name] = copied
+
+
 def register_blocks(plan: Plan) -> None:
-    """Put every block and its record on its owner; the new adapter becomes the active one. Forwards are not changed."""
+    """Put every block and copy, and the record of them, on its module. Forwards are not changed."""
     adapter = plan.adapter
     for target in plan.targets:
-        state = vars(target.owner).get(STATE)
-        if state is None:
-            state = OwnerState(type(target.owner), target.in_features, target.out_features)
-            setattr(target.owner, STATE, state)
+        state = _state(target.owner, (target.in_features, target.out_features))
         state.blocks[adapter.name] = target.block
         state.adapters[adapter.name] = adapter
         target.owner.register_parameter(target.block.parameter, plan.parameters[target.name])
+    for owner, copies in plan.copies.items():
+        state = _state(owner, None)
+        state.copies[adapter.name] = tuple(copies)
+        state.adapters[adapter.name] = adapter
+        for name, value in copies.items():
+            if isinstance(value, nn.Parameter):
+                owner.register_parameter(copy_name(adapter.name, name), value)
+            else:
+                owner.register_buffer(copy_name(adapter.name, name), value)
+
+
+def _state(owner: nn.Module, shape: tuple[int, int] | None) -> OwnerState:
+    state: OwnerState | None = vars(owner).get(STATE)
+    if state is None:
+        state = OwnerState(type(owner), shape)
+        setattr(owner, STATE, state)
+    state.shape = state.shape or shape
+    return state

@@ -1,0 +1,217 @@
+"""MiSS adapters written as PEFT LoRA checkpoints, for servers and tools that read LoRA.
+
+Balance and mini are LoRA with a frozen matrix, `ΔW = B A` with `A[j, i] = [i ≡ j mod r]`: they convert exactly, without an
+SVD. bat depends on the weight in full rank; it is cut off by a singular value decomposition, and the error is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from misscompile.checkpoint import (
+    BLOCK_NAMES,
+    PREFIX,
+    adapter_tensors,
+    find_folder,
+    read_config,
+    read_header,
+    read_tensors,
+    write_folder,
+)
+from misscompile.config import MissConfig
+from misscompile.errors import ArgumentError, CheckpointError, ConfigError, StateError
+from misscompile.passes.find import linear_shape
+from misscompile.pipeline import trace_scope
+from misscompile.state import STATE, OwnerState, owners, require_adapter, unwrap_model
+from misscompile.variants import delta_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraError:
+    """What a layer lost: its rank in the LoRA checkpoint and `‖ΔW − B A‖ / ‖ΔW‖` in the Frobenius norm (0 where exact)."""
+
+    module: str
+    rank: int
+    relative_error: float
+
+
+def save_as_lora(
+    model_or_folder: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    adapter_name: str = "default",
+    rank: int | None = None,
+    energy: float | None = None,
+    base_model: str | os.PathLike[str] | nn.Module | None = None,
+) -> list[LoraError]:
+    """Write an adapter as a PEFT LoRA checkpoint with scale 1.
+
+    Args:
+        model_or_folder: an adapted model, or a saved adapter of balance or mini, which needs no model.
+        out: the folder to write.
+        adapter_name: which adapter of the model.
+        rank: for bat, the number of singular values kept in every layer.
+        energy: for bat instead of `rank`, the share of the squared singular values, in (0, 1], to keep in every layer.
+        base_model: for a folder, where the sizes of the adapted linears are known from: a model (the meta device will
+            do), or the folder of the base model, of which only the file headers are read. By default the
+            `base_model_name_or_path` of the adapter's config.
+
+    Returns:
+        The rank and relative error of each layer; the errors are 0 for balance and mini.
+
+    Raises:
+        ConfigError, ArgumentError: `rank` and `energy` are not possible values, or missing for bat.
+        CheckpointError: bat from a folder alone, or sizes that cannot be found.
+        UnknownAdapterError, StateError: the model has no such adapter, or it is merged.
+    """
+    if isinstance(model_or_folder, nn.Module):
+        root = unwrap_model(model_or_folder)
+        config = require_adapter(root, adapter_name).config
+        tensors = {key: value.detach().cpu() for key, value in adapter_tensors(root, adapter_name).items()}
+        factors = _factors_of_model(root, adapter_name, config, rank, energy)
+    else:
+        folder = find_folder(model_or_folder)
+        config = read_config(folder)
+        tensors = read_tensors(folder)
+        factors = _factors_of_folder(folder, config, tensors, base_model)
+    _write(Path(out), config, tensors, factors)
+    return [LoraError(name, factor.down.shape[0], factor.error) for name, factor in factors.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """`A (rank, in)` and `B (out, rank)` of one layer."""
+
+    down: Tensor
+    up: Tensor
+    error: float
+
+
+def exact_factors(block: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """`A (r, in)` and `B (out, r)` with `B A = ΔW` of balance or mini, from a block `(r, out)` or `(r, m)`."""
+    r, columns = block.shape
+    down = (torch.arange(in_features) % r == torch.arange(r).unsqueeze(1)).to(block.dtype)
+    return down, block.t().repeat(out_features // columns, 1)
+
+
+def truncated_factors(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
+    """The best `A (k, in)`, `B (out, k)` for `delta (out, in)` with `k = rank` or the least `k` that keeps `energy`."""
+    u, s, vt = torch.linalg.svd(delta.double(), full_matrices=False)
+    total = s.square().sum()
+    if rank is None:
+        kept = s.square().cumsum(0) / total.clamp_min(torch.finfo(torch.float64).tiny)
+        rank = int((kept < float(energy or 1.0) - 1e-12).sum()) + 1
+    rank = min(rank, len(s))
+    root = s[:rank].sqrt()
+    lost = (s[rank:].square().sum() / total).sqrt() if total > 0 else total
+    return root.unsqueeze(1) * vt[:rank], u[:, :rank] * root, float(lost)
+
+
+def _factors_of_model(
+    root: nn.Module, adapter_name: str, config: MissConfig, rank: int | None, energy: float | None
+) -> dict[str, _Factors]:
+    if config.variant == "bat":
+        _check_cut(rank, energy)
+    elif rank is not None or energy is not None:
+        raise ArgumentError(f"rank and energy are for bat: {config.variant} converts exactly, at rank r={config.r}.")
+    factors: dict[str, _Factors] = {}
+    for name, owner in owners(root).items():
+        state: OwnerState = vars(owner)[STATE]
+        block = state.blocks.get(adapter_name)
+        if block is None or state.shape is None:
+            continue
+        if adapter_name in state.merged:
+            raise StateError(f"the adapter {adapter_name!r} is merged: call unmerge(model) first.")
+        values = owner.get_parameter(block.parameter).detach().cpu()
+        if block.variant == "bat":
+            weight = owner.weight
+            assert isinstance(weight, Tensor)
+            transposed = trace_scope(owner, state.shape).sites[0].layout == "in_out"
+            base = (weight.t() if transposed else weight).detach().cpu().double()
+            down, up, error = truncated_factors(delta_weight("bat", values, base), rank, energy)
+            factors[name] = _Factors(down.to(values.dtype), up.to(values.dtype), error)
+        else:
+            factors[name] = _Factors(*exact_factors(values, *state.shape), 0.0)
+    return factors
+
+
+def _factors_of_folder(
+    folder: Path, config: MissConfig, tensors: Mapping[str, Tensor], base_model: object
+) -> dict[str, _Factors]:
+    if config.variant == "bat":
+        raise CheckpointError(f"{folder}: bat is a function of the base weight: load it onto its model and pass the model.")
+    source = base_model if base_model is not None else config.base_model_name_or_path
+    if source is None:
+        raise CheckpointError(f"{folder}: the config names no base model; pass base_model, a model or its folder.")
+    shapes = _shapes(source)
+    factors: dict[str, _Factors] = {}
+    for key, block in tensors.items():
+        if key.rsplit(".", 1)[-1] not in BLOCK_NAMES:
+            continue
+        name = key.removeprefix(PREFIX).rsplit(".", 1)[0]
+        if name not in shapes:
+            raise CheckpointError(f"{folder}: the base model {source} has no linear {name!r}.")
+        factors[name] = _Factors(*exact_factors(block, *shapes[name]), 0.0)
+    return factors
+
+
+def _shapes(source: object) -> dict[str, tuple[int, int]]:
+    """`(in, out)` of the linears of a base model, by module name: from a model, or from the headers of its files."""
+    if isinstance(source, nn.Module):
+        found = {name: linear_shape(module) for name, module in source.named_modules()}
+        return {name: shape for name, shape in found.items() if shape is not None}
+    folder = find_folder(source)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        raise CheckpointError(
+            f"{folder}: no safetensors files of a base model here; pass base_model, a model or its folder."
+        )
+    if any(kind in (folder / "config.json").read_text() for kind in ('"gpt2"', '"openai-gpt"', '"imagegpt"')):
+        raise CheckpointError(f"{folder}: its files do not tell a Conv1D's in from its out; pass the model as base_model.")
+    shapes: dict[str, tuple[int, int]] = {}
+    for file in files:
+        for key, (shape, _) in read_header(file).items():
+            if key.endswith(".weight") and len(shape) == 2:
+                shapes[key.removesuffix(".weight")] = (shape[1], shape[0])
+    return shapes
+
+
+def _check_cut(rank: int | None, energy: float | None) -> None:
+    if (rank is None) == (energy is None):
+        raise ArgumentError("bat is cut off by a singular value decomposition: give either rank or energy.")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ConfigError(f"rank={rank!r}: expected an integer of 1 or more.")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ConfigError(f"energy={energy!r}: expected a share in (0, 1].")
+
+
+def _write(out: Path, config: MissConfig, tensors: Mapping[str, Tensor], factors: Mapping[str, _Factors]) -> None:
+    written = {key: value for key, value in tensors.items() if key.rsplit(".", 1)[-1] not in BLOCK_NAMES}
+    for name, factor in factors.items():
+        prefix = f"{PREFIX}{name}." if name else PREFIX
+        written[f"{prefix}lora_A.weight"] = factor.down
+        written[f"{prefix}lora_B.weight"] = factor.up
+    ranks = {name: factor.down.shape[0] for name, factor in factors.items()}
+    largest = max(ranks.values())
+    own = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
+    values: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": largest,
+        "lora_alpha": largest,  # scale = alpha / r = 1
+        "rank_pattern": own,
+        "alpha_pattern": own,
+        "lora_dropout": config.miss_dropout,
+        "target_modules": list(factors),
+        "bias": {"MiSS_only": "lora_only"}.get(config.bias, config.bias),
+        "inference_mode": True,
+    }
+    for field in ("modules_to_save", "task_type", "base_model_name_or_path", "revision"):
+        values[field] = getattr(config, field)
+    write_folder(out, {key: value.contiguous().clone() for key, value in written.items()}, values)
