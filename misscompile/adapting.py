@@ -13,7 +13,7 @@ from misscompile.config import MissConfig, coerce_config
 from misscompile.errors import ArgumentError, MissWarning, StateError
 from misscompile.passes.install import find_foreign_forward
 from misscompile.passes.register import create_blocks, create_copies, register_blocks
-from misscompile.pipeline import refresh_owner, remove_from_owner, restore_owner, specialize
+from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, specialize
 from misscompile.plan import Plan
 from misscompile.planning import plan_adapter
 from misscompile.state import (
@@ -75,10 +75,10 @@ def install_plan(root: nn.Module, plan: Plan) -> None:
         for owner, forward in foreign.items():
             vars(owner)[STATE].foreign_forward = forward
         for parameter in root.parameters():
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # the method of this name refuses uninitialised parameters
         _activate(root, (plan.adapter.name,))
-    for note in plan.notes:
-        warnings.warn(note, MissWarning, stacklevel=3)
+        for note in plan.notes:  # a filter may turn the warning into an error
+            warnings.warn(note, MissWarning, stacklevel=3)
 
 
 def adapters(model: nn.Module) -> dict[str, MissConfig]:
@@ -159,6 +159,7 @@ def disable_adapter(model: M) -> Iterator[M]:
         StateError: the model has no adapter.
     """
     adapted = _adapted_owners(model)
+    check_classes(adapted)
     _shift_disabled(adapted, +1)
     try:
         yield model
@@ -180,6 +181,7 @@ def unload(model: M) -> M:
     root = unwrap_model(model)
     adapted = _adapted_owners(model)
     check_enabled(root, "unload")
+    check_classes(adapted)
     with transaction(root, ()):
         for owner in adapted.values():
             swap_base_values(owner)

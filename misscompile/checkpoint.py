@@ -33,6 +33,7 @@ from misscompile.state import (
     OwnerState,
     base_tensor,
     copy_name,
+    named_modules,
     owner_states,
     owners,
     require_adapter,
@@ -152,6 +153,7 @@ def load_adapter(
     with _open(weights) as file:
         blocks = {target.name: file.get_tensor(keys.blocks[target.name].key) for target in plan.targets}
         copies = {owner: {name: _value(file, keys, owner, name) for name in names} for owner, names in plan.copied.items()}
+    _check_shared(weights, plan, keys, blocks)
     create_blocks(plan, True, blocks, copy=not low_cpu_mem_usage)
     create_copies(plan, copies, copy=not low_cpu_mem_usage)
     install_plan(root, plan)
@@ -305,23 +307,28 @@ def sort_keys(root: nn.Module, path: Path, header: Header) -> Keys:
     Raises:
         CheckpointError: a key stands for nothing; the message names it.
     """
-    modules = dict(root.named_modules(remove_duplicate=False))
-    canonical = {module: name for name, module in root.named_modules()}
+    modules = named_modules(root, remove_duplicate=False)
+    canonical = {module: name for name, module in named_modules(root).items()}
     keys = Keys({}, {})
     for key, (shape, dtype) in header.items():
-        if not key.startswith(PREFIX):
-            raise CheckpointError(f"{path}: key {key!r} is not one of a PEFT adapter: it does not start with {PREFIX!r}.")
+        if not key.replace("_orig_mod.", "").startswith(PREFIX):
+            raise CheckpointError(f"{path}: key {key!r} is not one of a MiSS adapter: it does not start with {PREFIX!r}.")
         module_name, _, tensor = f".{_strip(key)}".rpartition(".")
         module_name = module_name.removeprefix(".")
         if any(part in module_name.split(".") for part in ("modules_to_save", "original_module")):
             continue  # PEFT repeats what stands under the plain name too
         inner = module_name.removesuffix("base_layer").removesuffix(".")
+        if inner not in modules and tensor not in BLOCK_NAMES:
+            raise CheckpointError(f"{path}: key {key!r} is not one of a MiSS adapter on this model.")
         if inner not in modules:
             raise CheckpointError(
                 f"{path}: key {key!r} is for a module that this model does not have{closest(inner, modules)}. Is it the "
                 "base model that the adapter was trained on?"
             )
         owner, entry = modules[inner], Entry(key, shape, dtype)
+        if tensor in BLOCK_NAMES and canonical[owner] in keys.blocks:
+            other = keys.blocks[canonical[owner]].key
+            raise CheckpointError(f"{path}: the keys {other!r} and {key!r} are for one module, which has one block.")
         if tensor in BLOCK_NAMES:
             keys.blocks[canonical[owner]] = entry
         elif tensor in (*owner._parameters, *owner._buffers):
@@ -357,18 +364,34 @@ def _check_blocks(path: Path, plan: Plan, keys: Keys) -> None:
         raise CheckpointError(f"{path}: key {key!r} is for a module that the config does not choose.")
 
 
+def _check_shared(path: Path, plan: Plan, keys: Keys, blocks: Mapping[str, Tensor]) -> None:
+    """Linears that share a weight share their block here; PEFT gives each one of its own."""
+    first: dict[int, str] = {}
+    for target in plan.targets:
+        weight = target.owner._parameters.get("weight")
+        name = target.name if weight is None else first.setdefault(id(weight), target.name)
+        if not torch.equal(blocks[name], blocks[target.name]):
+            raise CheckpointError(
+                f"{path}: key {keys.blocks[target.name].key!r} differs from {keys.blocks[name].key!r}, but the two modules "
+                "share one weight and so one block. Untie the weight before loading."
+            )
+
+
 def _check_tensors(root: nn.Module, path: Path, plan: Plan, keys: Keys) -> None:
     """Hold the tensors of the file against those the adapter trains in full, and take in what else PEFT stores."""
     for owner, names in plan.copied.items():
         for name in names:
             if (owner, name) not in keys.tensors and name in owner._parameters:
-                where = next(n for n, module in root.named_modules() if module is owner)
+                where = next(n for n, module in named_modules(root).items() if module is owner)
                 raise CheckpointError(
                     f"{path}: a key for {where}.{name} is missing, although the config trains it (modules_to_save="
                     f"{plan.adapter.config.modules_to_save}, bias={plan.adapter.config.bias!r})."
                 )
     for (owner, name), entry in keys.tensors.items():
-        expected = tuple(base_tensor(owner, name).shape)
+        base = base_tensor(owner, name)
+        expected = tuple(base.shape)
+        if base.is_floating_point() and entry.dtype not in _DTYPES:
+            raise CheckpointError(f"{path}: key {entry.key!r} has dtype {entry.dtype}, the model's is {base.dtype}.")
         if entry.shape != expected:
             raise CheckpointError(f"{path}: key {entry.key!r} has shape {entry.shape}, the model's is {expected}.")
         if name not in plan.copied.get(owner, ()):
@@ -402,7 +425,7 @@ def _config_to_write(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
 
 def _strip(key: str) -> str:
     """A key without PEFT's prefix and without what a compiled wrapper adds."""
-    return key.removeprefix(PREFIX).replace("_orig_mod.", "")
+    return key.replace("_orig_mod.", "").removeprefix(PREFIX)
 
 
 def _folder(folder: object) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import enum
@@ -90,7 +91,7 @@ class MissConfig:
             if isinstance(value, str) and not (field == "target_modules" and self.selects_all_linear):
                 _check_regex(field, value)
         for pattern in _as_list(self.layers_pattern):
-            _check_regex("layers_pattern", pattern)
+            _check_regex("layers_pattern", pattern, inside=rf"\.(?:{pattern})\.")
         for field in ("layers_to_transform", "layers_pattern"):
             if getattr(self, field) is not None and isinstance(self.target_modules, str):
                 raise ConfigError(
@@ -127,7 +128,7 @@ class MissConfig:
         if unknown:
             hints = (f"{key!r}{_did_you_mean(str(key), known)}" for key in unknown)
             warnings.warn(f"MissConfig has no field {', '.join(hints)}: ignored.", MissWarning, stacklevel=2)
-        return cls(**{key: _plain_enum(value) for key, value in values.items() if key in known})
+        return cls(**{key: copy.deepcopy(_plain_enum(value)) for key, value in values.items() if key in known})
 
     @classmethod
     def from_json(cls, text: str) -> MissConfig:
@@ -156,7 +157,7 @@ def coerce_config(config: object) -> MissConfig:
         return MissConfig.from_dict(config.to_dict())
     if isinstance(config, Mapping):
         return MissConfig.from_dict(config)
-    to_dict = getattr(config, "to_dict", None)
+    to_dict = None if isinstance(config, type) else getattr(config, "to_dict", None)
     if hasattr(config, "peft_type") and callable(to_dict):
         return MissConfig.from_dict(to_dict())
     raise ArgumentError(
@@ -184,6 +185,7 @@ def _is_layers(value: object) -> bool:
 
 _NAMES_OR_REGEX = "a non-empty list of module names, a regular expression"
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "peft_type": (lambda v: v == PEFT_TYPE, "'MISS' (a config of another PEFT method does not describe MiSS blocks)"),
     "r": (lambda v: _is_int(v, 1), "an integer of 1 or more"),
     "miss_dropout": (
         lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0.0 <= v < 1.0,
@@ -213,15 +215,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "inference_mode": (lambda v: isinstance(v, bool), "True or False"),
     "base_model_name_or_path": (_is_text, "a string or None"),
     "revision": (_is_text, "a string or None"),
-    "peft_type": (lambda v: v == PEFT_TYPE, "'MISS' (a config of another PEFT method does not describe MiSS blocks)"),
     "auto_mapping": (lambda v: v is None or isinstance(v, dict), "a dict or None"),
     "peft_version": (_is_text, "a string or None"),
 }
 
 
-def _check_regex(field: str, pattern: str) -> None:
+def _check_regex(field: str, pattern: str, inside: str | None = None) -> None:
     try:
-        re.compile(pattern)
+        re.compile(inside or pattern)
     except re.error as error:
         raise ConfigError(
             f"MissConfig.{field}={pattern!r} is not a regular expression ({error}): a string is matched as one against "
@@ -243,9 +244,7 @@ def _plain(value: Any) -> Any:
     value = _plain_enum(value)
     if isinstance(value, (set, frozenset)):
         return sorted(value)
-    if isinstance(value, tuple):
-        return list(value)
-    return dict(value) if isinstance(value, dict) else value
+    return list(value) if isinstance(value, tuple) else copy.deepcopy(value)
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     Raises:
         OSError: the disk is full, the folder cannot be written, …; the old files are whole.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     changed = {name: data for name, data in contents.items() if not _holds(folder / name, data)}
     if not changed:
@@ -37,7 +37,9 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
             _write_all(staged, changed)
             staged.chmod(0o777 & ~_umask())
             os.rename(staged, folder)
-        elif len(changed) == 1 or not _exchange_with(folder, staged, changed):
+        elif len(changed) == 1 or _is_working_directory(folder) or not _exchange_with(folder, staged, changed):
+            shutil.rmtree(staged)
+            staged.mkdir()
             _write_all(staged, changed)
             _replace_each(folder, staged, list(changed))
         _sync(folder.parent)
@@ -67,8 +69,6 @@ def _exchange_with(folder: Path, staged: Path, contents: Mapping[str, bytes]) ->
     try:
         shutil.copytree(folder, staged, copy_function=os.link, symlinks=True, dirs_exist_ok=True)
     except (OSError, shutil.Error):  # no hard links here
-        shutil.rmtree(staged)
-        staged.mkdir()
         return False
     _write_all(staged, contents)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -90,13 +90,21 @@ def _replace_each(folder: Path, staged: Path, names: list[str]) -> None:
             if target.exists():
                 kept = staged / f"{name}.old"
                 shutil.copy2(target, kept)
-            os.replace(staged / name, target)
             undo.append((target, kept))
+            os.replace(staged / name, target)
     except BaseException:
         for target, kept in reversed(undo):
             with contextlib.suppress(OSError):
-                target.unlink() if kept is None else os.replace(kept, target)
+                target.unlink(missing_ok=True) if kept is None else os.replace(kept, target)
         raise
+
+
+def _is_working_directory(folder: Path) -> bool:
+    """Whether this process stands in `folder`, which an exchange would pull from under its feet."""
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:
+        return False
 
 
 def _umask() -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from misscompile.errors import ArgumentError, MergeError, MissWarning, StateError
 from misscompile.passes.merge import fold_weight
-from misscompile.pipeline import refresh_owner, remove_from_owner, restore_owner, trace_scope
+from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, trace_scope
 from misscompile.state import (
     STATE,
     OwnerState,
@@ -55,6 +55,7 @@ def merge(model: M, adapter_names: list[str] | None = None, keep_adapters: bool 
     """
     root = unwrap_model(model)
     names = _names_to_merge(root, adapter_names)
+    check_classes(owners(root))
     groups = _weight_groups(root, names)
     folds = [_plan_fold(group, names, keep_adapters) for group in groups]
     for fold in folds:  # every result is computed and checked before the first weight changes
@@ -118,7 +119,7 @@ def _names_to_merge(root: nn.Module, adapter_names: object) -> tuple[str, ...]:
     if adapter_names is None:
         names = tuple(dict.fromkeys(name for state in states.values() for name in state.active))
     elif isinstance(adapter_names, (list, tuple)):
-        names = tuple(require_adapter(root, name).name for name in adapter_names)
+        names = tuple(dict.fromkeys(require_adapter(root, name).name for name in adapter_names))
     else:
         raise ArgumentError(f"adapter_names: expected a list of names, found {type(adapter_names).__name__}.")
     if not names:
@@ -153,6 +154,11 @@ def _plan_fold(group: Group, names: tuple[str, ...], keep_adapters: bool) -> Fol
     scope = trace_scope(owner, state.shape)
     if scope.opaque is not None:
         raise MergeError(f"{name}: {scope.opaque}, so that its update cannot be shown to be one of its weight.")
+    users = {user for site in scope.sites if site.weight is not None for user in site.weight.users}
+    if users - {site.node for site in scope.sites}:
+        raise MergeError(
+            f"{name}: its forward uses its weight beside the linear call, and merging would change that use too."
+        )
     if parametrize.is_parametrized(owner, "weight") and keep_adapters:
         raise MergeError(
             f"{name}: its weight is parametrized, and a merge into it cannot be undone; merge without keep_adapters."

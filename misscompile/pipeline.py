@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from misscompile.passes.find import find_sites, linear_shape
+from misscompile.passes.find import find_sites, linear_shape, weight_dtype
 from misscompile.passes.insert import insert_updates
 from misscompile.passes.install import (
     AdaptedOwner,
@@ -65,9 +64,7 @@ def trace_scope(owner: nn.Module, shape: tuple[int, int]) -> Scope:
     key = _structure(owner) if foreign is None else None
     scope = _traced.get(key)
     if scope is None:
-        weight = owner._parameters.get("weight")
-        dtype = weight.dtype if isinstance(weight, torch.Tensor) else None
-        scope = Scope(state.base_class if state else type(owner), *shape, weight_dtype=dtype)
+        scope = Scope(state.base_class if state else type(owner), *shape, weight_dtype=weight_dtype(owner))
         trace_forward(scope, owner, foreign)
         find_sites(scope)
         if not scope.sites:
@@ -80,7 +77,7 @@ def trace_scope(owner: nn.Module, shape: tuple[int, int]) -> Scope:
 
 
 def specialize(
-    owner: nn.Module, shape: tuple[int, int] | None, blocks: tuple[Block, ...], copies: Copies
+    owner: nn.Module, shape: tuple[int, int] | None, blocks: tuple[Block, ...], copies: Copies = ()
 ) -> type[AdaptedOwner]:
     """The class that makes `owner` compute its base forward with `blocks` and `copies`; built once for each structure.
 
@@ -113,6 +110,12 @@ def specialize(
         if key is not None:
             _classes[key] = found
     return found
+
+
+def check_classes(adapted: Mapping[str, nn.Module]) -> None:
+    """Refuse, before anything is changed, a model of which an owner was given another class after adapting."""
+    for name, owner in adapted.items():
+        check_class(owner, name)
 
 
 def refresh_owner(owner: nn.Module, name: str = "the module") -> None:

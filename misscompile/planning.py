@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
@@ -19,7 +20,7 @@ from misscompile.passes.install import find_foreign_forward
 from misscompile.passes.trace import probe_opaque
 from misscompile.pipeline import trace_scope
 from misscompile.plan import Adapter, Block, Plan, Refusal, Target
-from misscompile.state import STATE, check_enabled, owner_states
+from misscompile.state import STATE, check_enabled, named_modules, owner_states
 from misscompile.targets import Selection, select_names
 
 _CLASSIFIER_NAMES = ("score", "classifier")
@@ -36,7 +37,7 @@ def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Pla
     """
     check_adapter_name(model, adapter_name)
     config = _with_task_heads(model, config)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = named_modules(model, remove_duplicate=False)
     if linear_shape(model) is None:
         del modules[""]
     selection = _select(model, config, modules)
@@ -63,17 +64,17 @@ def check_adapter_name(model: nn.Module, name: object) -> None:
     """Refuse a name that cannot be a new adapter of `model`, and a model that cannot take one now."""
     if not isinstance(name, str):
         raise ArgumentError(f"adapter_name: expected a string, found {type(name).__name__}.")
-    if not name or "." in name:
+    if not re.fullmatch(r"[\w-]+", name):
         raise ConfigError(
-            f"adapter_name={name!r}: a name becomes part of a parameter name, so it must not be empty or hold a dot; "
-            f"{name.replace('.', '_') or 'default'!r} would do."
+            f"adapter_name={name!r}: a name becomes part of a parameter name, so it holds letters, digits, _ and - only (no "
+            f"dot); {re.sub(r'[^-A-Za-z0-9_]+', '_', name) or 'default'!r} would do."
         )
     check_enabled(model, "adapt")
     for owner_name, state in owner_states(model).items():
         if name in state.blocks:
             raise StateError(
-                f"adapter_name={name!r} is in use ({owner_name}): choose another name, or remove that adapter first with "
-                f"delete_adapter(model, {name!r})."
+                f"adapter_name={name!r} is in use ({owner_name or '(root)'}): choose another name, or remove that adapter "
+                f"first with delete_adapter(model, {name!r})."
             )
         if state.merged:
             raise StateError(
@@ -83,7 +84,7 @@ def check_adapter_name(model: nn.Module, name: object) -> None:
 
 def _with_task_heads(model: nn.Module, config: MissConfig) -> MissConfig:
     """`config` with the head of its task among the modules to save."""
-    names = [name for name, _ in model.named_modules()]
+    names = list(named_modules(model))
     saved = list(config.modules_to_save or ())
     for head in _TASK_HEADS.get(config.task_type or "", ()):
         if head not in saved and any(name.endswith(head) for name in names):
@@ -117,7 +118,7 @@ def _trained_in_full(
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, other in model.named_modules() if other is module) or "the model itself"
+    return next(name for name, other in named_modules(model).items() if other is module) or "the model itself"
 
 
 def _once(names: Iterable[str], modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -238,7 +239,7 @@ def _check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], impl
 
 def _check_shapes(targets: Sequence[Target], config: MissConfig) -> None:
     problems = [
-        f"\n  {t.name} ({t.in_features}→{t.out_features}): {problem}"
+        f"\n  {t.name or '(root)'} ({t.in_features}→{t.out_features}): {problem}"
         for t in targets
         if (problem := variants.shape_problem(config.variant, config.r, config.mini_r, t.in_features, t.out_features))
     ]
@@ -255,7 +256,7 @@ def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     """A note for each adapted weight that modules outside the plan use too: the merge will refuse it."""
     owners = {target.owner for target in targets}
     users: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         if module not in owners:
             for parameter_name, parameter in module.named_parameters(recurse=False):
                 users[id(parameter)] = f"{name}.{parameter_name}" if name else parameter_name

@@ -90,9 +90,19 @@ def unwrap_model(model: object) -> nn.Module:
         wrapped = inner
 
 
+def plain_name(name: str) -> str:
+    """A dotted name without the segments that `torch.compile` puts in when it wraps a part of the model."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
+
+
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
+    """`nn.Module.named_modules` by plain names; of a compiled wrapper and what it wraps, the latter."""
+    return {plain_name(name): module for name, module in model.named_modules(remove_duplicate=remove_duplicate)}
+
+
 def owners(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of `model` that carry a record, by canonical (first) dotted name."""
-    return {name: module for name, module in model.named_modules() if STATE in vars(module)}
+    return {name: module for name, module in named_modules(model).items() if STATE in vars(module)}
 
 
 def owner_states(model: nn.Module) -> dict[str, OwnerState]:
@@ -176,7 +186,7 @@ def transaction(model: nn.Module, touched: Iterable[nn.Module]) -> Iterator[None
             if state is not None:
                 vars(module)[STATE] = state
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            parameter.requires_grad = flag
         raise
 
 

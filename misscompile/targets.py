@@ -56,6 +56,7 @@ def select_names(
     kept = [n for n in targeted if n not in excluded and n not in saved and not n.startswith(inside_saved)]
     exact = set() if isinstance(targets, str) else set(targets)
     chosen = tuple(name for name in kept if name in exact or _in_layers(config, name))
+    notes += _missing_layers(config, targeted)
     if not chosen:
         raise NoMatchError(_nothing_chosen(config, targets, names, targeted, kept))
     return Selection(chosen, saved, tuple(notes))
@@ -106,6 +107,20 @@ def _in_layers(config: MissConfig, name: str) -> bool:
     patterns = config.layers_pattern
     index = layer_index(name, [patterns] if isinstance(patterns, str) else list(patterns or ()))
     return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+
+
+def _missing_layers(config: MissConfig, targeted: Sequence[str]) -> list[str]:
+    """A sentence for each layer index, and each pattern, that none of the targeted modules has."""
+    if config.layers_to_transform is None:
+        return []
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else list(config.layers_pattern or ())
+    found = {layer_index(name, patterns) for name in targeted} - {None}
+    layers = config.layers_to_transform
+    missing = [index for index in ([layers] if isinstance(layers, int) else layers) if index not in found]
+    there = f"they are in layers {min(found)} to {max(found)}" if found else "they are in no layers"  # type: ignore[type-var]
+    notes = [f"layers_to_transform index {index} is the layer of no targeted module; {there}" for index in missing]
+    unused = [p for p in patterns if not any(layer_index(name, [p]) is not None for name in targeted)]
+    return notes + [f"layers_pattern {pattern!r} is in the name of no targeted module" for pattern in unused]
 
 
 def _nothing_chosen(

@@ -4,23 +4,23 @@
         def forward(self, x):
             return fused(x, self.out_proj.weight)        # out_proj.forward never runs: an adapter there has no effect
 
-The source of each class's forward, and of the methods it calls, is searched for `self.<child>.weight`. Reads of
-metadata (`.dtype`, `.device`, `.shape`, `isinstance`) do not count.
+The source of each class's forward, and of the methods and properties it uses, is searched for `<child>.weight`, where the
+child is reached from `self` by attributes, an index, a loop or a local name. Reads of metadata (`.dtype`, `.device`,
+`.shape`, `isinstance`) do not count.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Iterator
+from typing import Any
 
+from misscompile.passes.source import Chain, is_super, parse_function
 from torch import nn
 
-_METADATA = frozenset(
-    {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad", "element_size"}
-)
+_ANY = "*"
+_METADATA = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad"})
 _METADATA_CALLS = frozenset({"isinstance", "hasattr", "id", "type"})
 
 
@@ -29,47 +29,87 @@ def find_bypassed(model: nn.Module) -> dict[nn.Module, str]:
     found: dict[nn.Module, str] = {}
     for parent in model.modules():
         for path in weight_reads(type(parent)):  # type: ignore[arg-type] # typeshed: a class is hashable
-            try:
-                child = parent.get_submodule(".".join(path))
-            except AttributeError:
-                continue
             reason = f"{type(parent).__name__} reads its weight directly, so that its own forward does not always run"
-            found.setdefault(child, reason)
+            for child in _children(parent, path):
+                found[child] = reason  # of several parents, the nearest tells most
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def weight_reads(owner: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """Paths of the children whose `.weight` the forward of this class, or a method it calls on itself, reads as a value."""
-    paths: dict[tuple[str, ...], None] = {}
-    seen: set[str] = set()
-    queue = ["forward"]
+def weight_reads(owner: type[nn.Module]) -> tuple[Chain, ...]:
+    """Paths of the children whose `.weight` the forward of this class reads as a value; `"*"` stands for any child."""
+    paths: dict[Chain, None] = {}
+    seen: set[Any] = set()
+    queue: list[Any] = [_method(owner, "forward", 0)]
     while queue:
-        method = queue.pop()
-        tree = None if method in seen else _parse(owner, method)
-        seen.add(method)
+        level, function = found = queue.pop()
+        tree = None if function is None or found in seen else parse_function(function)
+        seen.add(found)
         if tree is None:
             continue
+        names = _local_names(tree)
         ignored = {id(inner) for node in ast.walk(tree) for inner in _metadata_reads(node)}
         for node in ast.walk(tree):
-            chain = _self_chain(node)
-            if chain is None or id(node) in ignored:
-                continue
-            if len(chain) >= 2 and chain[-1] == "weight":
-                paths[chain[:-1]] = None
-            elif len(chain) == 1 and inspect.isfunction(inspect.getattr_static(owner, chain[0], None)):
-                queue.append(chain[0])
+            if isinstance(node, ast.Attribute):
+                queue += _used_methods(owner, node, level)
+                if node.attr == "weight" and id(node) not in ignored:
+                    paths.update(dict.fromkeys(chain for chain in _resolve(node.value, names) if chain))
     return tuple(paths)
 
 
-def _parse(owner: type, method: str) -> ast.AST | None:
-    function = inspect.unwrap(getattr(owner, method))
-    if getattr(function, "__module__", None) == nn.Module.__module__:
-        return None
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # built in C or generated: no source to read
-        return None
+def _method(owner: type[nn.Module], name: str, start: int) -> tuple[int, Any]:
+    """The function of this name, or that of a property, and where in the resolution order after `start` it is."""
+    for level, kind in enumerate(owner.__mro__[start:], start):
+        if name in vars(kind):
+            member = vars(kind)[name]
+            member = member.fget if isinstance(member, property) else getattr(member, "func", member)
+            return level, member if callable(member) and kind is not nn.Module else None
+    return 0, None
+
+
+def _used_methods(owner: type[nn.Module], node: ast.Attribute, level: int) -> Iterator[tuple[int, Any]]:
+    if is_super(node.value):
+        yield _method(owner, node.attr, level + 1)
+    elif isinstance(node.value, ast.Name) and node.value.id == "self":
+        yield _method(owner, node.attr, 0)
+    elif isinstance(node.value, ast.Name):
+        for start, kind in enumerate(owner.__mro__):
+            if kind.__name__ == node.value.id:
+                yield _method(owner, node.attr, start)
+
+
+def _local_names(tree: ast.FunctionDef) -> dict[str, set[Chain]]:
+    """What each local name may stand for, as paths from `self`."""
+    names: dict[str, set[Chain]] = {"self": {()}}
+    for _ in range(2):  # an alias of an alias
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):
+                _bind(node.targets, _resolve(node.value, names), names)
+            elif isinstance(node, (ast.For, ast.comprehension)):
+                sources = node.iter.args if isinstance(node.iter, ast.Call) else [node.iter]
+                inside = {(*chain, _ANY) for source in sources for chain in _resolve(source, names)}
+                _bind([node.target], inside, names)
+    return names
+
+
+def _bind(targets: list[ast.expr], chains: set[Chain], names: dict[str, set[Chain]]) -> None:
+    for target in targets:
+        for name in ast.walk(target):
+            if isinstance(name, ast.Name) and name.id != "self" and chains:
+                names.setdefault(name.id, set()).update(chains)
+
+
+def _resolve(node: ast.AST, names: dict[str, set[Chain]]) -> set[Chain]:
+    if isinstance(node, ast.Name):
+        return names.get(node.id, set())
+    if isinstance(node, ast.Attribute):
+        return {(*chain, node.attr) for chain in _resolve(node.value, names)}
+    if isinstance(node, ast.Subscript):
+        index = str(node.slice.value) if isinstance(node.slice, ast.Constant) else _ANY
+        return {(*chain, index) for chain in _resolve(node.value, names)}
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return {chain for element in node.elts for chain in _resolve(element, names)}
+    return set()
 
 
 def _metadata_reads(node: ast.AST) -> Iterator[ast.AST]:
@@ -79,10 +119,11 @@ def _metadata_reads(node: ast.AST) -> Iterator[ast.AST]:
         yield from node.args
 
 
-def _self_chain(node: ast.AST) -> tuple[str, ...] | None:
-    """`("out_proj", "weight")` for `self.out_proj.weight`; None for anything else."""
-    chain: list[str] = []
-    while isinstance(node, ast.Attribute):
-        chain.append(node.attr)
-        node = node.value
-    return tuple(reversed(chain)) if chain and isinstance(node, ast.Name) and node.id == "self" else None
+def _children(parent: nn.Module, path: Chain) -> list[nn.Module]:
+    found = [parent]
+    for name in path:
+        if name == _ANY:
+            found = [child for module in found for child in module.children()]
+        else:
+            found = [child for module in found if (child := module._modules.get(name)) is not None]
+    return found

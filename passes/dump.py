@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Literal
 
+from misscompile.passes.insert import folds_into_weight
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,6 @@ from torch import nn
 
 from misscompile import cost
 from misscompile.errors import ArgumentError, StateError
-from misscompile.passes.insert import folds_into_weight
 from misscompile.pipeline import trace_scope
 from misscompile.plan import Block, Scope
 from misscompile.state import OwnerState, adapters_of, owner_states, owners, unwrap_model
@@ -61,7 +61,7 @@ def _text(root: nn.Module) -> str:
         for block in state.blocks.values():
             base, added = _step_flops(scope, block)
             rows.append((name or "(root)", kind, block, state, adapted[name], scope, base, added))
-    total = sum(base + added for *_, base, added in rows)
+    total = sum(added for *_, added in rows) + sum({owner: base for *_, owner, _, base, _ in rows}.values())
     for name, kind, block, state, owner, block_scope, base, added in rows:
         sizes = f"{block_scope.in_features}→{block_scope.out_features}"
         parameters = f"{owner.get_parameter(block.parameter).numel():,}"
@@ -71,7 +71,7 @@ def _text(root: nn.Module) -> str:
     lines = [_render(table), ""]
     for adapter in adapters_of(root).values():
         own = [row for row in rows if row[2].adapter == adapter.name]
-        count = sum(row[4].get_parameter(row[2].parameter).numel() for row in own)
+        count = sum(p.numel() for p in {row[4].get_parameter(row[2].parameter) for row in own})
         lines.append(f"adapter {adapter.name!r}: {len(own)} sites, {count:,} parameters, {len(adapter.refusals)} refused")
         for name, state in owner_states(root).items():
             if adapter.name in state.copies:

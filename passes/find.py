@@ -4,19 +4,19 @@ Matched, with `weight` the owner's own parameter or the product of its parametri
 
     y = F.linear(x, weight, bias?)          layout out_in   nn.Linear and its subclasses
     y = torch.addmm(bias, x, weight)        layout in_out   transformers' Conv1D
-    y = require_linear_output(self.base_forward(x, …), out)   layout opaque   a forward that was not traced
+    y = call_opaque(self.base_forward, out, x, …)  layout opaque   a forward that was not traced
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from misscompile.passes.trace import call_opaque
 from torch import fx, nn
 
-from misscompile.passes.trace import require_linear_output
 from misscompile.plan import Scope, Site
 
-_WEIGHT_SOURCES = ("weight", "parametrizations.weight")
+_WEIGHT_SOURCES = (("get_attr", "weight"), ("call_module", "parametrizations.weight"))
 _SHAPE_ATTRIBUTE_PAIRS = (("in_features", "out_features"), ("nx", "nf"), ("infeatures", "outfeatures"))
 
 
@@ -33,6 +33,14 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def weight_dtype(module: nn.Module) -> torch.dtype | None:
+    """dtype of the weight of a linear, or None where it has none. A parametrized one has that of what it is made from."""
+    weight = module._parameters.get("weight", module._buffers.get("weight"))
+    if weight is None:
+        weight = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+    return None if weight is None else weight.dtype
+
+
 def find_sites(scope: Scope) -> None:
     """Fill `scope.sites` with every call of the owner's weight as a linear; none is an answer too."""
     scope.sites = [site for node in scope.graph.nodes if (site := _match(node)) is not None]
@@ -41,9 +49,8 @@ def find_sites(scope: Scope) -> None:
 def _match(node: fx.Node) -> Site | None:
     if node.op != "call_function":
         return None
-    if node.target is require_linear_output:
-        called = node.args[0]
-        x = called.args[0] if isinstance(called, fx.Node) else None
+    if node.target is call_opaque:
+        x = node.args[2]
         assert isinstance(x, fx.Node)
         return Site(node, x, None, "opaque")
     if node.target is F.linear:
@@ -54,7 +61,7 @@ def _match(node: fx.Node) -> Site | None:
         layout = "in_out"
     else:
         return None
-    if x is None or weight is None or weight.target not in _WEIGHT_SOURCES:
+    if x is None or weight is None or (weight.op, weight.target) not in _WEIGHT_SOURCES:
         return None
     return Site(node, x, weight, layout)  # type: ignore[arg-type]
 

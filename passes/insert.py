@@ -35,8 +35,10 @@ def insert_updates(scope: Scope) -> None:
     Raises:
         UnsupportedModuleError: a bat block on an opaque site, whose weight no graph can reach.
     """
-    for site in scope.sites:
-        _Rewrite(scope, site).run()
+    for index, site in enumerate(scope.sites):
+        result = _Rewrite(scope, site).run()
+        for later in scope.sites[index + 1 :]:
+            later.x = result if later.x is site.node else later.x
 
 
 def folds_into_weight(scope: Scope, block: Block) -> bool:
@@ -54,7 +56,8 @@ class _Rewrite:
         self.base_weight: fx.Node | None = None
         self.training: fx.Node | None = None
 
-    def run(self) -> None:
+    def run(self) -> fx.Node:
+        """Rewrite the site and return the node that stands for its output now."""
         users = list(self.site.node.users)
         effective: fx.Node | None = None
         for block in self.scope.blocks:
@@ -66,17 +69,18 @@ class _Rewrite:
             self._replace_weight(effective)
         for user in users:
             user.replace_input_with(self.site.node, self.y)
+        return self.y
 
     def _grow_weight(self, effective: fx.Node | None, block: Block) -> fx.Node:
         sizes = self.scope.in_features, self.scope.out_features, block.r
-        base, parameter = self._weight(), self._parameter(block)
+        base, parameter = self._weight(block), self._parameter(block)
         rule = lambda weight, base, b: variants.bat_weight(weight, base, b, *sizes)  # noqa: E731
         return self._splice(rule, (effective or base, base, parameter), block, self.site.node)
 
     def _replace_weight(self, effective: fx.Node) -> None:
         assert self.site.weight is not None
         if self.site.layout == "in_out":
-            effective = self._transpose(effective)
+            effective = self._transpose(effective, self.scope.blocks[-1])
         self.site.node.replace_input_with(self.site.weight, effective)
 
     def _add_to_output(self, block: Block) -> None:
@@ -86,7 +90,7 @@ class _Rewrite:
         rule: Callable[..., Any]
         if block.variant == "bat":
             rule = lambda y, x, b, weight: variants.add_bat(y, x, weight, b, in_features, out_features, r)  # noqa: E731
-            operands = (*operands, self._weight())
+            operands = (*operands, self._weight(block))
         elif block.variant == "mini":
             rule = lambda y, x, d: variants.add_mini(y, x, d, in_features, out_features, r, mini_r)  # noqa: E731
         else:
@@ -98,11 +102,11 @@ class _Rewrite:
             return self.site.x
         if self.training is None:
             with self.graph.inserting_before(self.site.node):
-                self.training = self.graph.get_attr("training")
+                self.training = self._tag(self.graph.get_attr("training"), block)
         rule = lambda x, training: variants.drop_input(x, block.dropout, training)  # noqa: E731
         return self._splice(rule, (self.site.x, self.training), block, self.after)
 
-    def _weight(self) -> fx.Node:
+    def _weight(self, block: Block) -> fx.Node:
         """The base weight as `(out, in)`."""
         if self.site.weight is None:
             raise UnsupportedModuleError(
@@ -111,16 +115,16 @@ class _Rewrite:
             )
         if self.base_weight is None:
             transposed = self.site.layout == "in_out"
-            self.base_weight = self._transpose(self.site.weight) if transposed else self.site.weight
+            self.base_weight = self._transpose(self.site.weight, block) if transposed else self.site.weight
         return self.base_weight
 
     def _parameter(self, block: Block) -> fx.Node:
         with self.graph.inserting_before(self.site.node):
             return self._tag(self.graph.get_attr(block.parameter), block)
 
-    def _transpose(self, weight: fx.Node) -> fx.Node:
+    def _transpose(self, weight: fx.Node, block: Block) -> fx.Node:
         with self.graph.inserting_before(self.site.node):
-            return self.graph.call_method("t", (weight,))
+            return self._tag(self.graph.call_method("t", (weight,)), block)
 
     def _splice(self, rule: Callable[..., Any], operands: tuple[fx.Node, ...], block: Block, anchor: fx.Node) -> fx.Node:
         """Trace `rule` and copy its nodes before `anchor`, its placeholders standing for `operands`."""

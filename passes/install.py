@@ -14,12 +14,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from misscompile.passes.find import weight_dtype
+from misscompile.passes.trace import BASE_FORWARD
 from torch import nn
 
 from misscompile.errors import StateError
-from misscompile.passes.trace import BASE_FORWARD
 from misscompile.plan import Scope
-from misscompile.state import STATE, OwnerState
+from misscompile.state import STATE, OwnerState, swap_base_values
 
 _serial = itertools.count()
 
@@ -54,24 +55,33 @@ class AdaptedOwner(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__class__ = getattr(self, STATE).base_class
+        record: OwnerState = getattr(self, STATE)
+        self.__class__ = record.base_class  # type: ignore[assignment]
+        if record.disabled:  # copied inside disable_adapter: the context will not come back for the copy
+            record.disabled = 0
+            swap_base_values(self)
         from misscompile.pipeline import refresh_owner  # the pipeline imports this pass
 
         refresh_owner(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        scope, weight = type(self).scope, self._parameters.get("weight")
-        if scope is not None and weight is not None and weight.dtype != scope.weight_dtype:
+        self._follow_dtype()
+        return result
+
+    def _follow_dtype(self) -> None:
+        """Derive the class again if the dtype of the weight changed: which form of bat is exact depends on it."""
+        scope = type(self).scope
+        if scope is not None and weight_dtype(self) != scope.weight_dtype:
             from misscompile.pipeline import refresh_owner
 
-            refresh_owner(self)  # which form of bat is exact depends on the dtype of the weight
-        return result
+            refresh_owner(self)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         missing_keys: list[str] = args[2]
         ours = {prefix + name for name in getattr(self, STATE).all_registered()}
+        self._follow_dtype()  # assign=True may bring another one
         missing_keys[:] = [key for key in missing_keys if key not in ours]  # a base checkpoint has no adapters
 
     def extra_repr(self) -> str:

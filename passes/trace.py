@@ -11,17 +11,19 @@ becomes
     output = output[linear]
 
 The Python around the owner (caches, masks, control flow) is never traced. A forward that a trace would freeze or cannot
-follow stays one opaque node, `call_module[base_forward]`.
+follow stays one opaque node, `call_function[call_opaque](self.base_forward, out_features, input, args, kwargs)`.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from misscompile.passes.source import tracing_hazard
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,9 +32,6 @@ from misscompile.plan import Scope
 
 BASE_FORWARD = "base_forward"
 """Name under which an opaque forward stays callable on its owner."""
-
-_SHAPE_ATTRIBUTES = frozenset({"in_features", "out_features", "nx", "nf"})
-_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 
 
 class _OwnerTracer(fx.Tracer):
@@ -56,22 +55,36 @@ def trace_forward(scope: Scope, owner: nn.Module, foreign: Callable[..., Any] | 
 
 
 def make_opaque(scope: Scope, owner: nn.Module, foreign: Callable[..., Any] | None, reason: str) -> None:
-    """Let the forward stay one node: `y = require_linear_output(self.base_forward(x, …), out_features)`."""
+    """Let the forward stay one node: `y = call_opaque(self.base_forward, out_features, x, args, kwargs)`."""
     scope.opaque = reason
     scope.graph = _opaque_graph(foreign or functools.partial(scope.base_class.forward, owner), scope.out_features)
 
 
-def require_linear_output(y: Any, out_features: int) -> torch.Tensor:
+def call_opaque(
+    forward: Callable[..., Any], out_features: int, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """`forward(x, *args, **kwargs)`, which should return what a linear returns.
+
+    Raises:
+        UnsupportedModuleError: see `require_linear_output`.
+    """
+    owner = getattr(forward, "__self__", None)
+    return require_linear_output(
+        forward(x, *args, **kwargs), out_features, type(owner).__name__ if owner is not None else "module"
+    )
+
+
+def require_linear_output(y: Any, out_features: int, kind: str = "module") -> torch.Tensor:
     """`y` where an opaque forward returned what a linear returns.
 
     Raises:
         UnsupportedModuleError: it returned something that no update can be added to.
     """
-    if isinstance(y, torch.Tensor) and y.shape[-1] == out_features:
+    if isinstance(y, torch.Tensor) and y.dim() > 0 and y.shape[-1] == out_features:
         return y
     found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
     raise UnsupportedModuleError(
-        f"an adapted module should return a tensor whose last dimension is {out_features}, found {found}: exclude it from "
+        f"an adapted {kind} should return a tensor whose last dimension is {out_features}, found {found}: exclude it from "
         "target_modules."
     )
 
@@ -82,17 +95,19 @@ def probe_opaque(owner: nn.Module, base_class: type[nn.Module], shape: tuple[int
     The forward runs once on fake tensors, on a second module over the same parameters: nothing is computed or changed.
     """
     in_features, out_features = shape
-    shadow = _shadow(base_class, owner, set())
+    try:
+        inspect.signature(base_class.forward).bind(owner, None)
+    except TypeError as error:
+        return f"its forward is not a function of one input ({error})"
     like = next(iter(owner.parameters()), torch.empty(0))
     dtype = like.dtype if like.is_floating_point() else torch.float32
     try:
-        inspect.signature(base_class.forward).bind(shadow, None)
-    except TypeError as error:
-        return f"its forward is not a function of one input ({error})"
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            y = base_class.forward(shadow, torch.empty(2, in_features, dtype=dtype, device=like.device))
-            require_linear_output(y, out_features)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            fakes = {name: None if p is None else mode.from_tensor(p) for name, p in owner._parameters.items()}
+            shadow = _shadow(base_class, owner, fakes)
+            shadow.__dict__["_buffers"] = {n: None if b is None else mode.from_tensor(b) for n, b in owner._buffers.items()}
+            x = torch.empty(2, in_features, dtype=dtype, device=like.device)
+            call_opaque(functools.partial(base_class.forward, shadow), out_features, x, (), {})
     except UnsupportedModuleError as error:
         return str(error)
     except Exception:  # noqa: BLE001 - it may look at values, or call a kernel that knows no fake tensors: the run will show
@@ -101,46 +116,40 @@ def probe_opaque(owner: nn.Module, base_class: type[nn.Module], shape: tuple[int
 
 
 def _trace_into(scope: Scope, owner: nn.Module) -> str | None:
-    reads: set[str] = set()
-    shadow = _shadow(scope.base_class, owner, reads)
+    hazard = tracing_hazard(scope.base_class, owner)
+    if hazard is not None:
+        return hazard
     try:
-        graph = _OwnerTracer().trace(shadow)
+        graph = _OwnerTracer().trace(_shadow(scope.base_class, owner, owner._parameters))
     except Exception as error:  # noqa: BLE001 - a tracer runs arbitrary code: whatever it raises means "cannot be traced"
         return f"its forward cannot be traced ({type(error).__name__})"
-    frozen = sorted(reads - _SHAPE_ATTRIBUTES)
-    if frozen:
-        return f"its forward reads self.{frozen[0]}, which a trace would freeze"
+    own = (*owner._parameters, *owner._buffers)
+    constants = [node.target for node in graph.nodes if node.op == "get_attr" and node.target not in own]
+    if constants:
+        return "its forward makes a tensor, which a trace would freeze"
     graph.owning_module = None
     scope.graph = graph
     return None
 
 
-def _shadow(base_class: type[nn.Module], owner: nn.Module, reads: set[str]) -> nn.Module:
-    """A second module over the same parameters that notes which plain instance attributes its forward reads."""
-
-    def record(self: nn.Module, name: str) -> Any:
-        if name in object.__getattribute__(self, "__dict__") and name not in _MODULE_INTERNALS and name != "__dict__":
-            reads.add(name)
-        return base_class.__getattribute__(self, name)
-
-    shadow_class = type(base_class.__name__, (base_class,), {"__getattribute__": record, "__module__": __name__})
-    shadow: nn.Module = object.__new__(shadow_class)
+def _shadow(base_class: type[nn.Module], owner: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:
+    """A second module of `base_class` with the attributes of `owner`, so that a trace can change nothing of the owner."""
+    shadow: nn.Module = object.__new__(base_class)
     shadow.__dict__.update({key: value for key, value in vars(owner).items() if key not in ("forward", "_old_forward")})
+    shadow.__dict__["_parameters"] = dict(parameters)
+    for name, value in vars(owner).items():
+        if isinstance(value, (list, dict, set)) and name not in ("_modules", "_parameters", "_buffers"):
+            shadow.__dict__[name] = copy.copy(value)
     return shadow
 
 
 def _opaque_graph(forward: Callable[..., Any], out_features: int) -> fx.Graph:
-    """One call of `base_forward` with the arguments that `forward` (a bound method or a callable) takes."""
+    """One call of the forward that stays opaque, with whatever arguments it is given beside its input."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     graph = fx.Graph()
-    positional: list[fx.Node] = []
-    keywords: dict[str, Any] = {}
-    for parameter in inspect.signature(forward).parameters.values():
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            positional.append(graph.placeholder(parameter.name, default_value=parameter.default))
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            keywords[parameter.name] = graph.placeholder(parameter.name, default_value=parameter.default)
-    if not positional:  # a wrapper written with *args: a linear takes one input
-        positional.append(graph.placeholder("input"))
-    returned = graph.call_module(BASE_FORWARD, tuple(positional), keywords)
-    graph.output(graph.call_function(require_linear_output, (returned, out_features)))
+    x = graph.placeholder(named[0] if named else "input")
+    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
+    base = graph.get_attr(BASE_FORWARD)
+    graph.output(graph.call_function(call_opaque, (base, out_features, x, args, kwargs)))
     return graph

@@ -162,10 +162,11 @@ def test_unchanged_contents_rewrite_nothing(home: Path, monkeypatch: pytest.Monk
 
 def test_an_unchanged_file_beside_a_changed_one_is_not_rewritten(home: Path, route: str) -> None:
     folder = write(home / "adapter", OLD)
-    before = (folder / "weights.bin").stat()
+    before, inode = (folder / "weights.bin").stat(), folder.stat().st_ino
     replace_files(folder, OLD | {"config.json": b"new"})
     after = (folder / "weights.bin").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert folder.stat().st_ino == inode  # one rename inside it is enough
     assert read(folder) == OLD | {"config.json": b"new"}
 
 

@@ -1,0 +1,239 @@
+"""The dump: golden texts of a small fixed model in every state, refusals, and what it refuses itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import TwoLinears, adapted
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import misscompile as mc
+
+
+def text(golden: str) -> str:
+    """A golden text as it stands in this file, without its indentation."""
+    lines = golden.strip("\n").splitlines()
+    return "\n".join(line.removeprefix("    ").rstrip() for line in lines).rstrip()
+
+
+class Mixed(nn.Module):
+    """Two layouts, an opaque owner, a router that is refused, and a stack of fused weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(48, 96) for _ in range(2))
+        self.conv = Conv1D(24, 48)
+        self.scaled = Scaled(96, 1024)
+        self.router = Router(48, 4)
+        self.fused = Fused()
+
+
+class Scaled(nn.Linear):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.scale = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class Router(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = super().forward(x)
+        return y, y if self.training else -y
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.ones(4, 48, 96))
+
+
+@pytest.fixture
+def mixed() -> nn.Module:
+    with pytest.warns(mc.MissWarning):
+        return mc.adapt(Mixed(), mc.MissConfig(r=8, target_modules="all-linear"))
+
+
+def test_table(mixed: nn.Module) -> None:
+    assert mc.dump(mixed) == text("""
+    site       kind              adapter    in→out   variant   r   parameters   added FLOPs   share of FLOPs
+    ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    layers.0   Linear            default     48→96   balance   8          768       +25.00%            4.66%
+    layers.1   Linear            default     48→96   balance   8          768       +25.00%            4.66%
+    conv       Conv1D            default     48→24   balance   8          192       +25.00%            1.17%
+    scaled     Scaled (opaque)   default   96→1024   balance   8        8,192       +12.50%           89.51%
+
+    adapter 'default': 4 sites, 9,920 parameters, 2 refused
+      refused: fused (Fused): its gate_up (4×48×96) is a stack of fused weights, not a linear
+      refused: router (Router): an adapted module should return a tensor whose last dimension is 4, found a tuple: exclude it from target_modules.
+    """)  # noqa: E501
+
+
+def test_table_of_each_variant_and_of_a_root_that_is_a_linear() -> None:
+    root = mc.adapt(nn.Linear(12, 8), mc.MissConfig(r=4, mini_r=2, init_weights="mini", target_modules="all-linear"))
+    assert mc.dump(root) == text("""
+    site     kind     adapter   in→out    variant   r   parameters   added FLOPs   share of FLOPs
+    ─────────────────────────────────────────────────────────────────────────────────────────────
+    (root)   Linear   default     12→8   mini m=2   4            8       +12.50%          100.00%
+
+    adapter 'default': 1 sites, 8 parameters, 0 refused
+    """)
+    one = mc.dump(adapted(nn.Linear(512, 512), "bat", r=64))
+    two = mc.dump(adapted(nn.Linear(512, 512).bfloat16(), "bat", r=64))
+    assert "bat   64       32,768       +56.25%" in one  # (2 bmm of 64 / 1024 tokens + 1 product) / 2
+    assert "bat   64       32,768      +156.25%" in two
+
+
+@pytest.fixture
+def two_adapters() -> nn.Module:
+    model = adapted(TwoLinears())
+    return mc.adapt(model, mc.MissConfig(r=2, mini_r=4, init_weights="mini", target_modules=["down"]), "second")
+
+
+def statuses(model: nn.Module) -> list[tuple[str, str]]:
+    rows = mc.dump(model).splitlines()[2:5]
+    return [(row.split("   ")[0].strip(), row.split("Linear")[1].strip().split("   ")[0]) for row in rows]
+
+
+def test_several_adapters_in_every_state(two_adapters: nn.Module) -> None:
+    model = two_adapters
+    assert statuses(model) == [("up", "default (inactive)"), ("down", "default (inactive)"), ("down", "second")]
+    mc.set_adapter(model, ["default", "second"])
+    assert statuses(model) == [("up", "default"), ("down", "default"), ("down", "second")]
+    with mc.disable_adapter(model):
+        assert statuses(model) == [
+            ("up", "default (disabled)"),
+            ("down", "default (disabled)"),
+            ("down", "second (disabled)"),
+        ]
+    mc.set_adapter(model, "second")
+    mc.merge(model, keep_adapters=True)
+    assert statuses(model) == [("up", "default (inactive)"), ("down", "default (inactive)"), ("down", "second (merged)")]
+    mc.unmerge(model)
+    with pytest.warns(mc.MissWarning, match="no adapter is active now"):
+        mc.delete_adapter(model, "second")
+    assert "second" not in mc.dump(model)
+
+
+def test_the_summary_counts_each_adapter_by_itself(two_adapters: nn.Module) -> None:
+    assert mc.dump(two_adapters).splitlines()[-2:] == [
+        "adapter 'default': 2 sites, 112 parameters, 0 refused",
+        "adapter 'second': 1 sites, 8 parameters, 0 refused",
+    ]
+
+
+def test_a_shared_block_is_counted_once() -> None:
+    model = TwoLinears()
+    model.other = nn.Linear(12, 8, bias=False)
+    model.other.weight = model.up.weight
+    mc.adapt(model, mc.MissConfig(r=4, target_modules=["up", "other"]))
+    assert sum(parameter.numel() for _, parameter in mc.trainable_parameters(model)) == 32
+    assert "adapter 'default': 2 sites, 32 parameters" in mc.dump(model)
+
+
+def test_the_shares_of_the_sites_add_up_and_count_a_base_once(two_adapters: nn.Module) -> None:
+    """The step of `up` is 1.5 times its base, that of `down` 1 + 0.75 + 0.075 times, if both adapters act on it."""
+    mc.set_adapter(two_adapters, ["default", "second"])
+    up, down = 12 * 8 * 1.5, 8 * 20 * (1 + 0.75 + 3 * 2 * 4 / 2 / 160)
+    assert f"{up / (up + down):.2%}" in mc.dump(two_adapters)
+
+
+CODE = text("""
+    # Linear 12→8, 2 owners: 0, 1
+    # before
+    def forward(self, input : torch.Tensor) -> torch.Tensor:
+        input_1 = input
+        weight = self.weight
+        bias = self.bias
+        linear = torch._C._nn.linear(input_1, weight, bias);  input_1 = weight = bias = None
+        return linear
+
+    # after
+    def forward(self, input : torch.Tensor) -> torch.Tensor:
+        input_1 = input
+        weight = self.weight
+        bias = self.bias
+        miss_block_a = self.miss_block_a
+        linear = torch._C._nn.linear(input_1, weight, bias);  weight = bias = None
+        accumulation_dtype = misscompile_variants_accumulation_dtype(input_1)
+        unflatten = torch.unflatten(input_1, -1, (3, 4));  input_1 = None
+        sum_1 = unflatten.sum(-2, dtype = accumulation_dtype);  unflatten = accumulation_dtype = None
+        match_dtype = misscompile_variants_match_dtype(sum_1, miss_block_a, linear, 3);  sum_1 = miss_block_a = None
+        getitem = match_dtype[0]
+        getitem_1 = match_dtype[1];  match_dtype = None
+        matmul = getitem @ getitem_1;  getitem = getitem_1 = None
+        add = linear + matmul;  linear = matmul = None
+        return add
+""")
+
+
+def test_code_of_one_scope() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(12, 8))
+    mc.adapt(model, mc.MissConfig(r=4, target_modules="all-linear"), "a")
+    assert mc.dump(model, "code") == CODE
+    assert mc.dump(model, format="code") == CODE
+
+
+def test_code_lists_each_distinct_scope_once() -> None:
+    model = adapted(nn.Sequential(*(nn.Linear(12, 8) for _ in range(6)), nn.Linear(8, 12)))
+    parts = mc.dump(model, "code").split("\n\n\n")
+    assert [part.splitlines()[0] for part in parts] == [
+        "# Linear 12→8, 6 owners: 0, 1, 2, 3, …",
+        "# Linear 8→12, 1 owners: 6",
+    ]
+
+
+def test_code_tells_why_a_scope_is_opaque() -> None:
+    model = adapted(nn.Sequential(Scaled(12, 8)), target_modules=["0"])
+    lines = mc.dump(model, "code").splitlines()
+    assert lines[:3] == [
+        "# Scaled 12→8, 1 owners: 0",
+        "# opaque: its forward reads self.scale, which a trace would freeze or lose",
+        "# before",
+    ]
+    assert "(base_forward, 8, x, _args, _kwargs)" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("state", ["disabled", "merged"])
+def test_code_shows_what_runs_now(state: str) -> None:
+    model = adapted(TwoLinears())
+    if state == "merged":
+        mc.merge(model, keep_adapters=True)
+        code = mc.dump(model, "code")
+    else:
+        with mc.disable_adapter(model):
+            code = mc.dump(model, "code")
+    before, after = code.split("\n\n\n")[0].split("# before\n")[1].split("\n\n# after\n")
+    assert after == before
+
+
+@pytest.mark.parametrize("format", ["text", "code"])
+def test_a_dump_changes_nothing(mixed: nn.Module, format: Any) -> None:
+    classes = [type(module) for module in mixed.modules()]
+    assert mc.dump(mixed, format) == mc.dump(mixed, format)
+    assert [type(module) for module in mixed.modules()] == classes
+
+
+def test_a_wrapper_is_dumped_inside() -> None:
+    model = adapted(TwoLinears())
+    assert mc.dump(nn.DataParallel(model)) == mc.dump(model)
+    assert mc.dump(torch.compile(model, backend="eager"), "code") == mc.dump(model, "code")
+
+
+def test_errors() -> None:
+    model = TwoLinears()
+    with pytest.raises(mc.StateError, match="the model has no adapter: there is nothing to dump"):
+        mc.dump(model)
+    adapted(model)
+    for unknown in ("pdf", "", None, 3, ["text"]):
+        with pytest.raises(mc.ArgumentError, match=r"expected .*'text'.*'code'"):
+            mc.dump(model, unknown)  # type: ignore[arg-type]
+    with pytest.raises(mc.ArgumentError, match=r"expected a torch\.nn\.Module, found str"):
+        mc.dump("model")  # type: ignore[arg-type]
+    mc.unload(model)
+    with pytest.raises(mc.StateError, match="nothing to dump"):
+        mc.dump(model, "code")

@@ -1,0 +1,334 @@
+"""Merging: the formulas in fp64, both layouts, one rounding, blocks untouched, and nothing changed where it must refuse."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from misscompile.passes.merge import fold_weight
+from support import VARIANTS, TwoLinears, adapted, fill_blocks, max_error, reference_delta
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import misscompile as mc
+from misscompile import variants
+from misscompile.errors import MergeError
+from misscompile.plan import Block
+
+IN, OUT = 12, 20
+
+
+def make(
+    layout: str, *blocks: Block, dtype: torch.dtype = torch.float64, block_dtype: torch.dtype = torch.float64
+) -> nn.Module:
+    owner = (Conv1D(OUT, IN) if layout == "in_out" else nn.Linear(IN, OUT)).to(dtype)
+    nn.init.normal_(owner.weight)
+    for block in blocks:
+        shape = variants.block_shape(block.variant, block.r, block.mini_r, IN, OUT)
+        owner.register_parameter(block.parameter, nn.Parameter(torch.randn(shape).to(block_dtype)))
+    return owner
+
+
+def matrix(owner: nn.Module) -> Tensor:
+    weight = owner.weight.detach().double()
+    return weight.t() if isinstance(owner, Conv1D) else weight
+
+
+def expected(owner: nn.Module, *blocks: Block) -> Tensor:
+    """`W + ΔW` in fp64 and in the layout of the owner."""
+    base = matrix(owner)
+    merged = base + sum(reference_delta(b.variant, owner.get_parameter(b.parameter), base) for b in blocks)
+    return merged.t() if isinstance(owner, Conv1D) else merged
+
+
+def fold(owner: nn.Module, *blocks: Block) -> Tensor:
+    before = {name: parameter.detach().clone() for name, parameter in owner.named_parameters()}
+    merged = fold_weight(owner, blocks, "its.name", transposed=isinstance(owner, Conv1D))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in owner.named_parameters())  # only read
+    assert merged.dtype == owner.weight.dtype
+    assert merged.shape == owner.weight.shape
+    assert merged.data_ptr() != owner.weight.data_ptr()
+    assert not merged.requires_grad
+    return merged
+
+
+BLOCKS = {
+    "balance": Block("a", "balance", 4, 1, 0.0),
+    "short shard": Block("b", "balance", 5, 1, 0.0),
+    "mini": Block("c", "mini", 5, 2, 0.0),
+    "bat": Block("d", "bat", 4, 1, 0.0),
+    "second bat": Block("e", "bat", 2, 1, 0.0),
+}
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_formulas(name: str, layout: str) -> None:
+    owner = make(layout, BLOCKS[name])
+    merged = fold(owner, BLOCKS[name])
+    assert max_error(merged, expected(owner, BLOCKS[name])) < 1e-13
+    assert max_error(merged, owner.weight) > 0.1
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_several_blocks_are_summed_from_the_base_weight_in_any_order(layout: str) -> None:
+    blocks = tuple(BLOCKS.values())
+    owner = make(layout, *blocks)
+    merged = fold(owner, *blocks)
+    assert max_error(merged, expected(owner, *blocks)) < 1e-13
+    assert max_error(fold(owner, *blocks[::-1]), merged) < 1e-13
+    assert torch.equal(fold(owner), owner.weight)
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("block_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_one_rounding_bit_for_bit_where_float32_sums_are_exact(
+    name: str, dtype: torch.dtype, block_dtype: torch.dtype, layout: str
+) -> None:
+    """Multiples of 1/16 and 1/4096, so that every product and sum fits into float32; 16-bit blocks would lose the bits."""
+    owner = make(layout, BLOCKS[name], dtype=dtype, block_dtype=block_dtype)
+    block = owner.get_parameter(BLOCKS[name].parameter)
+    with torch.no_grad():
+        owner.weight.copy_(owner.weight.mul(16).round().div(16))
+        block.copy_((block * 4096).round() / 4096)
+    assert not torch.equal(block.to(dtype).to(block_dtype), block)
+    assert torch.equal(fold(owner, BLOCKS[name]), expected(owner, BLOCKS[name]).to(dtype))
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("block_dtype", [torch.float32, torch.bfloat16])
+def test_several_blocks_are_rounded_once_together(block_dtype: torch.dtype, layout: str) -> None:
+    """Each update alone is below half a unit of the weight: rounding after each of them would leave the base weight."""
+    blocks = tuple(Block(name, "balance", 4, 1, 0.0) for name in "abcd")
+    owner = make(layout, *blocks, dtype=torch.bfloat16, block_dtype=block_dtype)
+    owner.weight.data.fill_(1.0)
+    for block in blocks:
+        owner.get_parameter(block.parameter).data.fill_(2.0**-9)
+    assert torch.equal(fold(owner, *blocks), torch.full_like(owner.weight, 1.0 + 2.0**-7))
+    assert torch.equal(fold(owner, *blocks[:1]), owner.weight)
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_random_values_are_within_one_unit_in_the_last_place(name: str, layout: str) -> None:
+    owner = make(layout, BLOCKS[name], dtype=torch.bfloat16, block_dtype=torch.float32)
+    merged, once = fold(owner, BLOCKS[name]), expected(owner, BLOCKS[name]).to(torch.bfloat16)
+    units = (merged.view(torch.int16).int() - once.view(torch.int16).int()).abs()
+    assert int(units.max()) <= 1
+    assert float((units == 0).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("block_dtype", [torch.float32, torch.float16])
+def test_a_block_narrower_than_the_weight_does_not_round_the_weight(block_dtype: torch.dtype) -> None:
+    for block in BLOCKS.values():
+        owner = make("out_in", block, dtype=torch.float64, block_dtype=block_dtype)
+        assert max_error(fold(owner, block), expected(owner, block)) < 1e-13
+
+
+# --- the verb -------------------------------------------------------------------------------------------------------
+
+
+class _Conv(nn.Module):
+    """`TwoLinears` in the other layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = Conv1D(8, 12), Conv1D(20, 8)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.tanh(self.up(x)))
+        return y
+
+
+@pytest.mark.parametrize("make_model", [TwoLinears, _Conv])
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_a_merged_model_is_plain_and_computes_the_same(init_weights: Any, make_model: type[nn.Module]) -> None:
+    model = make_model().double()
+    base = {name: (type(module), list(vars(module))) for name, module in model.named_modules()}
+    names = [name for name, _ in model.named_parameters()]
+    adapted(model, init_weights)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    y, weight, bias = model(x), model.up.weight, model.down.bias.clone()
+    assert mc.merge(model) is model
+    assert max_error(model(x), y) < 1e-12
+    assert {name: (type(module), list(vars(module))) for name, module in model.named_modules()} == base
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.up.weight is weight
+    assert torch.equal(model.down.bias, bias)
+
+
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_merging_never_touches_a_block(init_weights: Any) -> None:
+    model = adapted(TwoLinears().bfloat16(), init_weights)
+    blocks = {name: (p, p.detach().clone(), p.dtype) for name, p in model.named_parameters() if "miss_block" in name}
+    mc.merge(model, keep_adapters=True)
+    mc.unmerge(model)
+    for name, (parameter, values, dtype) in blocks.items():
+        assert model.get_parameter(name) is parameter
+        assert torch.equal(parameter, values)
+        assert parameter.dtype == dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("bad", "options", "init_weights"),
+    [
+        (float("nan"), {}, True),
+        (float("inf"), {"keep_adapters": True}, "mini"),
+        (1e6, {"adapter_names": ["default"]}, "bat"),
+        (1e6, {"keep_adapters": True}, True),
+    ],
+)
+def test_a_result_that_is_not_finite_changes_nothing(init_weights: Any, options: dict[str, Any], bad: float) -> None:
+    model, x = adapted(TwoLinears().half(), init_weights), torch.randn(3, 12).half()
+    with torch.no_grad():
+        model.down.miss_block_default.view(-1)[-1] = bad
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    classes = [type(module) for module in model.modules()]
+    y = model(x)
+    with pytest.raises(
+        MergeError, match=r"down: the merged weight is not finite in torch\.float16 \(adapters \['default'\]\)"
+    ):
+        mc.merge(model, **options)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0, equal_nan=True)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(x).nan_to_num(), y.nan_to_num())
+    with pytest.raises(mc.StateError, match="nothing is merged"):
+        mc.unmerge(model)
+
+
+class _Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) * F.linear(x.flip(-1), self.weight)
+
+
+class _Normalised(nn.Linear):
+    """Its weight is used beside the linear call too: an update at the call site is not an update of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) / self.weight.norm(dim=1)
+
+
+class _Given(nn.Linear):
+    """It does not use its weight at all when another is given."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
+@pytest.mark.parametrize("init_weights", VARIANTS)
+@pytest.mark.parametrize("kind", [_Twice, _Normalised])
+def test_a_weight_with_several_users(kind: type[nn.Linear], init_weights: Any) -> None:
+    """The merged weight is what the adapter computed, or the merge is refused."""
+    model, x = adapted(nn.Sequential(kind(IN, OUT).double()), init_weights), torch.randn(3, IN, dtype=torch.float64)
+    y = model(x)
+    try:
+        mc.merge(model)
+    except MergeError as error:
+        assert "0: " in str(error)  # noqa: PT017
+    assert max_error(model(x), y) < 1e-12
+
+
+def test_a_weight_given_from_outside_is_not_merged() -> None:
+    owner, x = _Given(IN, OUT).double(), torch.randn(3, IN, dtype=torch.float64)
+    model = nn.Sequential(owner)
+    try:
+        adapted(model)
+    except (mc.UnsupportedModuleError, mc.NoMatchError):
+        return
+    y = owner(x, owner.weight.detach().clone())
+    given = owner.weight.detach().clone()
+    with pytest.raises(MergeError):
+        mc.merge(model)
+    assert torch.equal(owner(x, given), y)
+
+
+def test_a_weight_that_a_module_outside_uses_is_refused() -> None:
+    model = TwoLinears()
+    model.tied = nn.Linear(12, 8)
+    model.tied.weight = model.up.weight
+    with pytest.warns(
+        mc.MissWarning, match=r"up shares its weight with tied\.weight: the adapter acts on this module alone"
+    ):
+        mc.adapt(model, mc.MissConfig(r=4, target_modules=["up", "down"]))
+    before = fill_blocks(model).up.weight.detach().clone()
+    with pytest.raises(
+        MergeError, match=r"up shares its weight with tied\.weight, which the adapter does not act on.*Untie"
+    ):
+        mc.merge(model)
+    assert torch.equal(model.up.weight, before)
+    assert hasattr(model.down, "miss_block_default")
+
+
+def test_owners_that_share_a_weight_are_merged_once() -> None:
+    model = TwoLinears().double()
+    model.other = nn.Linear(12, 8, bias=False).double()
+    model.other.weight = model.up.weight
+    adapted(model)
+    x = torch.randn(3, 12, dtype=torch.float64)
+    y, delta = model.other(x), reference_delta(True, model.up.miss_block_default, model.up.weight)
+    once = model.up.weight.detach() + delta
+    mc.merge(model)
+    assert model.other.weight is model.up.weight
+    assert max_error(model.up.weight, once) < 1e-14
+    assert max_error(model.other(x), y) < 1e-13
+
+
+def test_one_of_two_adapters_is_merged_and_the_other_stays_in_the_forward() -> None:
+    model, x = adapted(TwoLinears().double(), "mini"), torch.randn(3, 12, dtype=torch.float64)
+    mc.adapt(model, mc.MissConfig(r=5, target_modules=["up"]), "b")
+    fill_blocks(model)
+    mc.set_adapter(model, ["default", "b"])
+    y = model(x)
+    mc.merge(model, ["default"])
+    assert list(mc.adapters(model)) == ["b"]
+    assert type(model.down) is nn.Linear
+    assert max_error(model(x), y) < 1e-12
+    mc.merge(model)
+    assert max_error(model(x), y) < 1e-12
+
+
+def test_a_bat_adapter_that_would_stay_active_on_a_changed_weight_is_refused() -> None:
+    model = adapted(TwoLinears())
+    mc.adapt(model, mc.MissConfig(r=4, init_weights="bat", target_modules=["down"]), "b")
+    mc.set_adapter(model, ["default", "b"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MergeError, match=r"down: the 'bat' adapter 'b' that would stay active is a function of the base"):
+        mc.merge(model, ["default"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_refusals_name_the_module() -> None:
+    opaque = adapted(nn.Sequential(_Opaque(12, 8)), target_modules=["0"])
+    with pytest.raises(MergeError, match=r"0: its forward reads self\.scale.*cannot be shown to be one of its weight"):
+        mc.merge(opaque)
+    with pytest.raises(MergeError, match="up: its weight is on the meta device or offloaded; load it first"):
+        mc.merge(mc.adapt(TwoLinears().to("meta"), mc.MissConfig(r=4, target_modules="all-linear")))
+
+
+class _Opaque(nn.Linear):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.scale = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_inactive_adapters_that_go_unfolded_are_told() -> None:
+    model = adapted(TwoLinears().double())
+    mc.adapt(model, mc.MissConfig(r=5, target_modules=["up"]), "b")
+    with pytest.warns(mc.MissWarning, match=r"merge removed the inactive adapters \['default'\] without folding them"):
+        mc.merge(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mc.merge(adapted(TwoLinears()))
