@@ -28,7 +28,7 @@ from misscompile.checkpoint import (
 )
 from misscompile.config import MissConfig
 from misscompile.errors import ArgumentError, CheckpointError, ConfigError, StateError
-from misscompile.passes.find import linear_shape
+from misscompile.passes.find import is_stored_transposed, linear_shape
 from misscompile.pipeline import trace_scope
 from misscompile.state import STATE, OwnerState, owners, require_adapter, unwrap_model
 from misscompile.variants import delta_weight
@@ -133,7 +133,7 @@ def _factors_of_model(
         if block.variant == "bat":
             weight = owner.weight
             assert isinstance(weight, Tensor)
-            transposed = trace_scope(owner, state.shape).sites[0].layout == "in_out"
+            transposed = is_stored_transposed(trace_scope(owner, state.shape))
             base = (weight.t() if transposed else weight).detach().cpu().double()
             down, up, error = truncated_factors(delta_weight("bat", values, base), rank, energy)
             factors[name] = _Factors(down.to(values.dtype), up.to(values.dtype), error)

@@ -11,6 +11,7 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from misscompile.errors import ArgumentError, MergeError, MissWarning, StateError
+from misscompile.passes.find import is_stored_transposed, weight_users
 from misscompile.passes.merge import fold_weight
 from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, trace_scope
 from misscompile.state import (
@@ -154,8 +155,7 @@ def _plan_fold(group: Group, names: tuple[str, ...], keep_adapters: bool) -> Fol
     scope = trace_scope(owner, state.shape)
     if scope.opaque is not None:
         raise MergeError(f"{name}: {scope.opaque}, so that its update cannot be shown to be one of its weight.")
-    users = {user for site in scope.sites if site.weight is not None for user in site.weight.users}
-    if users - {site.node for site in scope.sites}:
+    if weight_users(scope):
         raise MergeError(
             f"{name}: its forward uses its weight beside the linear call, and merging would change that use too."
         )
@@ -172,7 +172,7 @@ def _plan_fold(group: Group, names: tuple[str, ...], keep_adapters: bool) -> Fol
             f"{name}: the 'bat' adapter {stays[0].adapter!r} that would stay active is a function of the base weight, "
             "which merging changes. Merge it too, or deactivate it first."
         )
-    return lambda: fold_weight(owner, blocks, name, transposed=scope.sites[0].layout == "in_out")
+    return lambda: fold_weight(owner, blocks, name, transposed=is_stored_transposed(scope))
 
 
 def _commit(group: Group, merged: Tensor, names: tuple[str, ...], keep_adapters: bool) -> None:

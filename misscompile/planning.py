@@ -14,7 +14,7 @@ from misscompile import variants
 from misscompile.config import MissConfig
 from misscompile.errors import ArgumentError, ConfigError, NoMatchError, StateError, UnsupportedModuleError
 from misscompile.model_types import TARGETS_BY_MODEL_TYPE
-from misscompile.passes.bypass import find_bypassed
+from misscompile.passes.bypass import Bypass, find_bypassed
 from misscompile.passes.find import linear_shape
 from misscompile.passes.install import find_foreign_forward
 from misscompile.passes.trace import probe_opaque
@@ -54,7 +54,8 @@ def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Pla
             refusals.append(found)
     _check_refusals(refusals, targets, implicit)
     _check_shapes(targets, config)
-    notes = [*selection.notes, *_refusal_notes(refusals)]
+    partly = [Refusal(t.name, type(t.owner).__name__, bypassed[t.owner].reason) for t in targets if t.owner in bypassed]
+    notes = [*selection.notes, *_notes("not adapted:", refusals), *_notes("adapted, but not on every path:", partly)]
     adapter = Adapter(adapter_name, config, refusals=tuple(refusals))
     copied = _trained_in_full(model, config, [modules[name] for name in selection.saved], targets)
     return Plan(adapter, targets, notes + _shared_weights(model, targets), copied)
@@ -169,13 +170,13 @@ def _output_layers(model: nn.Module, config: MissConfig) -> set[nn.Module]:
     return set()
 
 
-def _target(name: str, owner: nn.Module, block: Block, bypassed: dict[nn.Module, str]) -> Target | Refusal:
+def _target(name: str, owner: nn.Module, block: Block, bypassed: dict[nn.Module, Bypass]) -> Target | Refusal:
     kind = type(owner).__name__
     shape = linear_shape(owner)
     if shape is None:
         return Refusal(name, kind, f"it is not a linear module{_linears_inside(name, owner)}")
-    if owner in bypassed:
-        return Refusal(name, kind, bypassed[owner])
+    if owner in bypassed and not bypassed[owner].called:
+        return Refusal(name, kind, bypassed[owner].reason)
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in owner.parameters(recurse=False)):
         return Refusal(name, kind, "its shape is not known yet; run the model once on real input first")
     if getattr(getattr(owner, "_hf_hook", None), "offload", False):
@@ -211,7 +212,7 @@ def _fused_experts(modules: dict[str, nn.Module]) -> list[Refusal]:
     return found
 
 
-def _refusal_notes(refusals: Sequence[Refusal]) -> list[str]:
+def _notes(what: str, refusals: Sequence[Refusal]) -> list[str]:
     """One sentence for each reason: a model with many layers should not warn once for each of them."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for refusal in refusals:
@@ -219,7 +220,7 @@ def _refusal_notes(refusals: Sequence[Refusal]) -> list[str]:
     notes = []
     for (kind, reason), names in grouped.items():
         more, verb = (f" and {len(names) - 1} more", "are") if len(names) > 1 else ("", "is")
-        notes.append(f"{names[0]} ({kind}){more} {verb} not adapted: {reason}")
+        notes.append(f"{names[0]} ({kind}){more} {verb} {what} {reason}")
     return notes
 
 

@@ -12,6 +12,7 @@ child is reached from `self` by attributes, an index, a loop or a local name. Re
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -24,21 +25,42 @@ _METADATA = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel
 _METADATA_CALLS = frozenset({"isinstance", "hasattr", "id", "type"})
 
 
-def find_bypassed(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules of `model` whose weight is read by a parent's code, each with a reason that names that code."""
-    found: dict[nn.Module, str] = {}
+@dataclasses.dataclass(frozen=True)
+class Bypass:
+    """Why a module's own forward may not run; `called`: the model's code calls it too, on another path."""
+
+    reason: str
+    called: bool
+
+
+def find_bypassed(model: nn.Module) -> dict[nn.Module, Bypass]:
+    """Modules of `model` whose weight is read by a parent's code, each with a reason that names that code.
+
+    The paths of torch's own modules are chosen by the mode (training, evaluation), so both are taken: there, a call on
+    another path is no excuse. The paths of a model's own code mostly depend on a setting or a kernel.
+    """
+    readers: dict[nn.Module, type[nn.Module]] = {}
+    called: set[nn.Module] = set()
     for parent in model.modules():
-        for path in weight_reads(type(parent)):  # type: ignore[arg-type] # typeshed: a class is hashable
-            reason = f"{type(parent).__name__} reads its weight directly, so that its own forward does not always run"
-            for child in _children(parent, path):
-                found[child] = reason  # of several parents, the nearest tells most
+        reads, calls = weight_uses(type(parent))  # type: ignore[arg-type] # typeshed: a class is hashable
+        # of several readers, the last and nearest tells most
+        readers.update((child, type(parent)) for path in reads for child in _children(parent, path))
+        called.update(child for path in calls for child in _children(parent, path))
+    found = {}
+    for child, kind in readers.items():
+        reason = f"{kind.__name__} reads its weight directly, so that its own forward does not always run"
+        found[child] = Bypass(reason, child in called and not kind.__module__.startswith("torch."))
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def weight_reads(owner: type[nn.Module]) -> tuple[Chain, ...]:
-    """Paths of the children whose `.weight` the forward of this class reads as a value; `"*"` stands for any child."""
+def weight_uses(owner: type[nn.Module]) -> tuple[tuple[Chain, ...], tuple[Chain, ...]]:
+    """Paths of the children whose `.weight` the forward of this class reads as a value, and of those that it calls.
+
+    `"*"` in a path stands for any child.
+    """
     paths: dict[Chain, None] = {}
+    calls: dict[Chain, None] = {}
     seen: set[Any] = set()
     queue: list[Any] = [_method(owner, "forward", 0)]
     while queue:
@@ -50,11 +72,13 @@ def weight_reads(owner: type[nn.Module]) -> tuple[Chain, ...]:
         names = _local_names(tree)
         ignored = {id(inner) for node in ast.walk(tree) for inner in _metadata_reads(node)}
         for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                calls.update(dict.fromkeys(_resolve(node.func, names)))
             if isinstance(node, ast.Attribute):
                 queue += _used_methods(owner, node, level)
                 if node.attr == "weight" and id(node) not in ignored:
                     paths.update(dict.fromkeys(chain for chain in _resolve(node.value, names) if chain))
-    return tuple(paths)
+    return tuple(paths), tuple(calls)
 
 
 def _method(owner: type[nn.Module], name: str, start: int) -> tuple[int, Any]:

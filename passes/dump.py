@@ -72,7 +72,8 @@ def _text(root: nn.Module) -> str:
     for adapter in adapters_of(root).values():
         own = [row for row in rows if row[2].adapter == adapter.name]
         count = sum(p.numel() for p in {row[4].get_parameter(row[2].parameter) for row in own})
-        lines.append(f"adapter {adapter.name!r}: {len(own)} sites, {count:,} parameters, {len(adapter.refusals)} refused")
+        sites = f"{len(own)} site{'s' * (len(own) != 1)}"
+        lines.append(f"adapter {adapter.name!r}: {sites}, {count:,} parameters, {len(adapter.refusals)} refused")
         for name, state in owner_states(root).items():
             if adapter.name in state.copies:
                 lines.append(f"  trained in full: {name or '(root)'}: {', '.join(state.copies[adapter.name])}")
@@ -106,7 +107,8 @@ def _code(root: nn.Module) -> str:
             names.setdefault(scope, []).append(name or "(root)")
     parts = []
     for scope, sites in names.items():
-        title = f"{scope.base_class.__name__} {scope.in_features}→{scope.out_features}, {len(sites)} owners"
+        count = f"{len(sites)} owner{'s' * (len(sites) != 1)}"
+        title = f"{scope.base_class.__name__} {scope.in_features}→{scope.out_features}, {count}"
         listed = ", ".join(sites[:4]) + (", …" if len(sites) > 4 else "")
         note = f"\n# opaque: {scope.opaque}" if scope.opaque else ""
         parts.append(f"# {title}: {listed}{note}\n# before\n{scope.base_code}\n\n# after\n{scope.code}")

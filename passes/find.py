@@ -4,10 +4,13 @@ Matched, with `weight` the owner's own parameter or the product of its parametri
 
     y = F.linear(x, weight, bias?)          layout out_in   nn.Linear and its subclasses
     y = torch.addmm(bias, x, weight)        layout in_out   transformers' Conv1D
+    y = x @ weight.T                        layout in_out   Falcon's linear; the operand is the transposed weight
     y = call_opaque(self.base_forward, out, x, …)  layout opaque   a forward that was not traced
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -56,14 +59,44 @@ def _match(node: fx.Node) -> Site | None:
     if node.target is F.linear:
         x, weight = _operand(node, 0, "input"), _operand(node, 1, "weight")
         layout = "out_in"
+    elif node.target in (operator.matmul, torch.matmul):
+        x, weight = _operand(node, 0, "input"), _operand(node, 1, "other")
+        layout = "in_out"
+        if weight is None or _transposed(weight) is None:
+            return None
     elif node.target is torch.addmm and not {"beta", "alpha"} & set(node.kwargs):
         x, weight = _operand(node, 1, "mat1"), _operand(node, 2, "mat2")
         layout = "in_out"
     else:
         return None
-    if x is None or weight is None or (weight.op, weight.target) not in _WEIGHT_SOURCES:
+    if x is None or weight is None:
+        return None
+    source = _transposed(weight) or weight
+    if (source.op, source.target) not in _WEIGHT_SOURCES:
         return None
     return Site(node, x, weight, layout)  # type: ignore[arg-type]
+
+
+def is_stored_transposed(scope: Scope) -> bool:
+    """Whether the weight of a traced owner is stored as `(in, out)`."""
+    site = scope.sites[0]
+    return site.layout == "in_out" and site.weight is not None and _transposed(site.weight) is None
+
+
+def weight_users(scope: Scope) -> set[fx.Node]:
+    """The nodes that use the weight of a traced owner beside its sites."""
+    operands = {site.weight for site in scope.sites if site.weight is not None}
+    sources = {_transposed(operand) or operand for operand in operands}
+    users = {user for node in (*operands, *sources) for user in node.users}
+    return users - operands - {site.node for site in scope.sites}
+
+
+def _transposed(node: fx.Node) -> fx.Node | None:
+    """`w` for a node that is `w.T` or `w.t()`, else None."""
+    attribute = node.op == "call_function" and node.target is getattr and node.args[1:] == ("T",)
+    method = node.op == "call_method" and node.target == "t"
+    source = node.args[0] if attribute or method else None
+    return source if isinstance(source, fx.Node) else None
 
 
 def _operand(node: fx.Node, position: int, keyword: str) -> fx.Node | None:

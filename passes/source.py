@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import functools
 import inspect
 import textwrap
@@ -79,9 +80,9 @@ class _StraightLine:
         self.hazard = next(self._hazards(tree), None)
 
     def _hazards(self, tree: ast.FunctionDef) -> Iterator[str]:
-        for statement in tree.body:
+        for statement in self._statements(tree.body):
             if not isinstance(statement, _STATEMENTS):
-                yield f"has a {type(statement).__name__.lower()} statement"
+                yield f"has the statement `{type(statement).__name__.lower()}`"
                 continue
             targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
             for target in targets:
@@ -89,6 +90,19 @@ class _StraightLine:
             value = getattr(statement, "value", None)
             if value is not None:
                 yield from self._expression(value)
+
+    def _statements(self, body: list[ast.stmt]) -> Iterator[ast.stmt]:
+        """The statements of a body, those under `if self.<parameter> is None` too: a structure has that parameter or not."""
+        for statement in body:
+            if isinstance(statement, ast.If) and self._asks_for_parameter(statement.test):
+                yield from self._statements([*statement.body, *statement.orelse])
+            else:
+                yield statement
+
+    def _asks_for_parameter(self, test: ast.expr) -> bool:
+        found = attribute_chain(test.left) if isinstance(test, ast.Compare) else None
+        asked = isinstance(test, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in test.ops)
+        return asked and found is not None and found[0] == self.receiver and found[1][0] in self.owner._parameters
 
     def _assigned(self, target: ast.AST | None) -> Iterator[str]:
         if isinstance(target, ast.Tuple):
@@ -159,5 +173,8 @@ def is_super(node: ast.AST) -> bool:
 
 
 def _closure(function: Any) -> dict[str, Any]:
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    return {name: cell.cell_contents for name, cell in cells if name != "__class__"}
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a cell that is not filled yet
+            found[name] = cell.cell_contents
+    return found

@@ -54,6 +54,11 @@ TARGETS = {"target_modules": ["up", "down"]}
 variants = pytest.mark.parametrize("variant", list(FIELDS))
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def two_linears() -> nn.Module:
     torch.manual_seed(0)
     return TwoLinears().eval()

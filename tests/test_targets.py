@@ -416,7 +416,7 @@ def rules(draw: st.DrawFn, names: tuple[str, ...], strings: bool = True) -> Any:
 def test_selects_what_peft_selects() -> None:
     met: Counter[str] = Counter()
 
-    @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=350, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     @given(st.data())
     def compare(data: st.DataObject) -> None:
         names = data.draw(trees())
@@ -425,7 +425,7 @@ def test_selects_what_peft_selects() -> None:
             fields["exclude_modules"] = data.draw(rules(names))
         if data.draw(st.booleans()):
             fields["modules_to_save"] = data.draw(st.lists(st.sampled_from([*SAVED, "mlp.norm"]), min_size=1, max_size=2))
-        if not isinstance(fields["target_modules"], str) and data.draw(st.booleans()):
+        if not isinstance(fields["target_modules"], str) and data.draw(st.sampled_from([True, True, True, False])):
             fields["layers_to_transform"] = data.draw(
                 st.integers(0, 2) | st.lists(st.integers(0, 2), min_size=1, max_size=2)
             )
@@ -441,5 +441,5 @@ def test_selects_what_peft_selects() -> None:
         met.update([*fields] if expected else ["nothing chosen"])
 
     compare()
-    assert min(met[rule] for rule in FILTERS) > 15, met  # the interesting cases were there
+    assert min(met[rule] for rule in FILTERS) > 10, met  # the interesting cases were there
     assert met["nothing chosen"] > 20, met

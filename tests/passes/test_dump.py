@@ -80,7 +80,7 @@ def test_table_of_each_variant_and_of_a_root_that_is_a_linear() -> None:
     ─────────────────────────────────────────────────────────────────────────────────────────────
     (root)   Linear   default     12→8   mini m=2   4            8       +12.50%          100.00%
 
-    adapter 'default': 1 sites, 8 parameters, 0 refused
+    adapter 'default': 1 site, 8 parameters, 0 refused
     """)
     one = mc.dump(adapted(nn.Linear(512, 512), "bat", r=64))
     two = mc.dump(adapted(nn.Linear(512, 512).bfloat16(), "bat", r=64))
@@ -122,7 +122,7 @@ def test_several_adapters_in_every_state(two_adapters: nn.Module) -> None:
 def test_the_summary_counts_each_adapter_by_itself(two_adapters: nn.Module) -> None:
     assert mc.dump(two_adapters).splitlines()[-2:] == [
         "adapter 'default': 2 sites, 112 parameters, 0 refused",
-        "adapter 'second': 1 sites, 8 parameters, 0 refused",
+        "adapter 'second': 1 site, 8 parameters, 0 refused",
     ]
 
 
@@ -183,7 +183,7 @@ def test_code_lists_each_distinct_scope_once() -> None:
     parts = mc.dump(model, "code").split("\n\n\n")
     assert [part.splitlines()[0] for part in parts] == [
         "# Linear 12→8, 6 owners: 0, 1, 2, 3, …",
-        "# Linear 8→12, 1 owners: 6",
+        "# Linear 8→12, 1 owner: 6",
     ]
 
 
@@ -191,7 +191,7 @@ def test_code_tells_why_a_scope_is_opaque() -> None:
     model = adapted(nn.Sequential(Scaled(12, 8)), target_modules=["0"])
     lines = mc.dump(model, "code").splitlines()
     assert lines[:3] == [
-        "# Scaled 12→8, 1 owners: 0",
+        "# Scaled 12→8, 1 owner: 0",
         "# opaque: its forward reads self.scale, which a trace would freeze or lose",
         "# before",
     ]

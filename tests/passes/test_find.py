@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from misscompile.passes.find import find_sites, linear_shape
 from misscompile.passes.trace import make_opaque, trace_forward
+from support import VARIANTS, adapted, max_error, reference_delta
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
+import misscompile as mc
 from misscompile.plan import Scope
 
 
@@ -120,11 +124,6 @@ class _Computed(nn.Linear):
         return F.linear(x, self.weight.abs())
 
 
-class _Transposed(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight.t())
-
-
 class _Weighted(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x, self.weight, beta=2)
@@ -135,14 +134,33 @@ class _Swapped(nn.Linear):
         return F.linear(self.weight, x)
 
 
-class _Matmul(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T
-
-
-@pytest.mark.parametrize("kind", [_Given, _Child, _Computed, _Transposed, _Weighted, _Swapped, _Matmul])
+@pytest.mark.parametrize("kind", [_Given, _Child, _Computed, _Weighted, _Swapped])
 def test_nothing_to_find(kind: type[nn.Linear]) -> None:
     assert find(kind(12, 8)).sites == []
+
+
+class _Transposed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight.t())
+
+
+class _Matmul(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("kind", [_Transposed, _Matmul])
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_a_product_with_the_transposed_weight_is_a_site(kind: type[nn.Linear], init_weights: Any) -> None:
+    (site,) = find(kind(12, 8)).sites
+    assert site.layout == "in_out"
+    model, x = adapted(nn.Sequential(kind(12, 8)), init_weights), torch.randn(3, 12)
+    weight = model[0].weight.detach().double()
+    updated = weight + reference_delta(init_weights, model[0].miss_block_default, weight)
+    expected = F.linear(x.double(), updated, model[0].bias.double())
+    assert max_error(model(x), expected) < 1e-5
+    mc.merge(model)
+    assert max_error(model[0].weight, updated) < 1e-6
 
 
 def test_finding_again_starts_anew() -> None:
