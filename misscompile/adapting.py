@@ -42,7 +42,8 @@ def adapt(model: M, config: object, adapter_name: str = "default", *, autocast_a
         model: any `nn.Module`; a `torch.compile` or data-parallel wrapper is adapted inside.
         config: a `MissConfig`, a `peft.MissConfig` or a dict of its fields.
         adapter_name: without dots, not in use on this model.
-        autocast_adapter_dtype: keep blocks in float32 where the base weight is 16-bit; False gives them its dtype.
+        autocast_adapter_dtype: keep blocks in float32 where the base weight is 16-bit; False gives them its dtype. Each
+            block lives on the device of its weight, so a model may be spread over devices.
 
     Returns:
         `model`, the same object.

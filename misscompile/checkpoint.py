@@ -8,24 +8,34 @@ safetensors header before a tensor is read.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from misscompile import variants
 from misscompile.adapting import install_plan
-from misscompile.config import PEFT_TYPE, MissConfig
-from misscompile.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, MissError, StateError
-from misscompile.files import replace_files
+from misscompile.errors import CheckpointError, MissError, StateError
 from misscompile.passes.register import create_blocks, create_copies
+from misscompile.peft_format import (
+    BLOCK,
+    BLOCK_NAMES,
+    DTYPES,
+    PREFIX,
+    WEIGHTS_FILE,
+    Entry,
+    Header,
+    find_folder,
+    open_tensors,
+    read_config,
+    read_header,
+    strip_key,
+    to_path,
+    write_folder,
+)
 from misscompile.plan import Adapter, Plan
 from misscompile.planning import check_adapter_name, plan_adapter
 from misscompile.state import (
@@ -42,27 +52,6 @@ from misscompile.state import (
 from misscompile.targets import closest
 
 M = TypeVar("M", bound=nn.Module)
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-PREFIX = "base_model.model."
-_BLOCK = "miss_block"
-BLOCK_NAMES = (_BLOCK, "bone_block")
-_DTYPES = ("F64", "F32", "F16", "BF16")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-Header = dict[str, tuple[tuple[int, ...], str]]
-"""Key to shape and dtype name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One tensor of a file, known from its header alone."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclasses.dataclass
@@ -88,7 +77,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
         CheckpointError: a tensor is on the meta device, or `folder` is a file.
         OSError: the disk is full or not writable.
     """
-    root, path = unwrap_model(model), _folder(folder)
+    root, path = unwrap_model(model), to_path(folder)
     adapter = require_adapter(root, adapter_name)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path}: an adapter is saved into a folder, and this is a file.")
@@ -99,12 +88,6 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in live.items()}
     config = _config_to_write(root, adapter)
     write_folder(path, tensors, config)
-
-
-def write_folder(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files of an adapter folder, both or neither."""
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    replace_files(path, {WEIGHTS_FILE: save(dict(tensors), metadata={"format": "pt"}), CONFIG_FILE: text.encode()})
 
 
 def load_adapter(
@@ -150,7 +133,7 @@ def load_adapter(
     _check_blocks(weights, plan, keys)
     _check_tensors(root, weights, plan, keys)
     plan.adapter.trainable = is_trainable
-    with _open(weights) as file:
+    with open_tensors(weights) as file:
         blocks = {target.name: file.get_tensor(keys.blocks[target.name].key) for target in plan.targets}
         copies = {owner: {name: _value(file, keys, owner, name) for name in names} for owner, names in plan.copied.items()}
     _check_shared(weights, plan, keys, blocks)
@@ -192,8 +175,8 @@ def hotswap_adapter(
                 f"{getattr(adapter.config, field)!r}: load it under a new name with load_adapter instead."
             )
     keys = sort_keys(root, weights, read_header(weights))
-    live = {_strip(key): value for key, value in adapter_tensors(root, adapter_name).items()}
-    there = {_strip(entry.key): entry for entry in (*keys.blocks.values(), *keys.tensors.values())}
+    live = {strip_key(key): value for key, value in adapter_tensors(root, adapter_name).items()}
+    there = {strip_key(entry.key): entry for entry in (*keys.blocks.values(), *keys.tensors.values())}
     for name in (*live, *there):
         if name not in there or name not in live:
             what = "is missing" if name not in there else "is not part of the adapter on the model"
@@ -203,7 +186,7 @@ def hotswap_adapter(
                 f"{weights}: key {there[name].key!r} has shape {there[name].shape}, on the model it is "
                 f"{tuple(live[name].shape)}: load it under a new name with load_adapter instead."
             )
-    with _open(weights) as file:
+    with open_tensors(weights) as file:
         values = {name: file.get_tensor(entry.key) for name, entry in there.items()}
     for name, value in values.items():
         live[name].copy_(value)
@@ -218,87 +201,11 @@ def adapter_tensors(root: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         prefix = f"{PREFIX}{name}." if name else PREFIX
         block = state.blocks.get(adapter_name)
         if block is not None:
-            tensors[f"{prefix}{_BLOCK}"] = owner.get_parameter(block.parameter)
+            tensors[f"{prefix}{BLOCK}"] = owner.get_parameter(block.parameter)
         for tensor in state.copies.get(adapter_name, ()):
             inner = "" if block is None else "base_layer."
             tensors[f"{prefix}{inner}{tensor}"] = getattr(owner, copy_name(adapter_name, tensor))
     return tensors
-
-
-def find_folder(folder: object, revision: str | None = None) -> Path:
-    """The local folder of an adapter, downloaded from the Hub where `folder` is the id of a repository.
-
-    Raises:
-        ArgumentError, CheckpointNotFoundError: it is no path, or there is no such folder or repository.
-    """
-    path = _folder(folder)
-    if path.is_dir() or not isinstance(folder, str) or not _HUB_ID.fullmatch(folder):
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError:
-        return path
-    try:
-        return Path(snapshot_download(folder, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointNotFoundError(
-            f"{folder}: there is no such folder, and no such repository could be reached on the Hub ({error})."
-        ) from error
-
-
-def read_config(folder: Path) -> MissConfig:
-    """The config of an adapter folder.
-
-    Raises:
-        CheckpointNotFoundError, CheckpointError: it is missing, damaged, or of another method.
-    """
-    if not folder.is_dir():
-        raise CheckpointNotFoundError(f"{folder}: there is no such folder; pass one written by save_adapter or by PEFT.")
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        inside = sorted(child.name for child in folder.iterdir() if (child / CONFIG_FILE).is_file())
-        hint = f"; adapters are in its subfolders {inside}" if inside else ""
-        raise CheckpointNotFoundError(f"{path}: not found{hint}.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise CheckpointError(f"expected a JSON object, found {type(values).__name__}.")
-        if values.get("peft_type") == "BONE":  # MiSS's name before it was published
-            values = values | {"peft_type": PEFT_TYPE}
-        return MissConfig.from_dict(values)
-    except (ValueError, MissError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def read_header(path: Path) -> Header:
-    """Shape and dtype name of every tensor in a safetensors file, without reading one.
-
-    Raises:
-        CheckpointNotFoundError, CheckpointError: it is missing, truncated, or no safetensors file.
-    """
-    if not path.is_file():
-        pickles = [name for name in _PICKLE_FILES if (path.parent / name).is_file()]
-        hint = f" There is {pickles[0]}, but pickles are never read: save it with safetensors first." if pickles else ""
-        raise CheckpointNotFoundError(f"{path}: not found.{hint}")
-    with _open(path) as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        return {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()}
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of an adapter folder, with the keys as `save_adapter` writes them."""
-    path = folder / WEIGHTS_FILE
-    keys = read_header(path)
-    with _open(path) as file:
-        return {f"{PREFIX}{_strip(key)}": file.get_tensor(key) for key in keys}
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}).") from error
 
 
 def sort_keys(root: nn.Module, path: Path, header: Header) -> Keys:
@@ -313,7 +220,7 @@ def sort_keys(root: nn.Module, path: Path, header: Header) -> Keys:
     for key, (shape, dtype) in header.items():
         if not key.replace("_orig_mod.", "").startswith(PREFIX):
             raise CheckpointError(f"{path}: key {key!r} is not one of a MiSS adapter: it does not start with {PREFIX!r}.")
-        module_name, _, tensor = f".{_strip(key)}".rpartition(".")
+        module_name, _, tensor = f".{strip_key(key)}".rpartition(".")
         module_name = module_name.removeprefix(".")
         if any(part in module_name.split(".") for part in ("modules_to_save", "original_module")):
             continue  # PEFT repeats what stands under the plain name too
@@ -345,7 +252,7 @@ def _check_blocks(path: Path, plan: Plan, keys: Keys) -> None:
         entry = keys.blocks.get(target.name)
         if entry is None:
             raise CheckpointError(
-                f"{path}: key '{PREFIX}{target.name}.{_BLOCK}' is missing, although the config chooses that module."
+                f"{path}: key '{PREFIX}{target.name}.{BLOCK}' is missing, although the config chooses that module."
             )
         sizes = (config.r, config.mini_r, target.in_features, target.out_features)
         expected = variants.block_shape(config.variant, *sizes)
@@ -354,9 +261,9 @@ def _check_blocks(path: Path, plan: Plan, keys: Keys) -> None:
                 f"{path}: key {entry.key!r} has shape {entry.shape}, but {config.variant} with r={config.r} on a "
                 f"{target.in_features}→{target.out_features} linear needs {expected}."
             )
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise CheckpointError(
-                f"{path}: key {entry.key!r} has dtype {entry.dtype}; a block has one of {', '.join(_DTYPES)}."
+                f"{path}: key {entry.key!r} has dtype {entry.dtype}; a block has one of {', '.join(DTYPES)}."
             )
     surplus = set(keys.blocks) - {target.name for target in plan.targets}
     if surplus:
@@ -390,7 +297,7 @@ def _check_tensors(root: nn.Module, path: Path, plan: Plan, keys: Keys) -> None:
     for (owner, name), entry in keys.tensors.items():
         base = base_tensor(owner, name)
         expected = tuple(base.shape)
-        if base.is_floating_point() and entry.dtype not in _DTYPES:
+        if base.is_floating_point() and entry.dtype not in DTYPES:
             raise CheckpointError(f"{path}: key {entry.key!r} has dtype {entry.dtype}, the model's is {base.dtype}.")
         if entry.shape != expected:
             raise CheckpointError(f"{path}: key {entry.key!r} has shape {entry.shape}, the model's is {expected}.")
@@ -421,14 +328,3 @@ def _config_to_write(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
         name = getattr(root, "name_or_path", None)
         values["base_model_name_or_path"] = name if isinstance(name, str) and name else None
     return {key: value for key, value in values.items() if key != "peft_version" or value is not None}
-
-
-def _strip(key: str) -> str:
-    """A key without PEFT's prefix and without what a compiled wrapper adds."""
-    return key.replace("_orig_mod.", "").removeprefix(PREFIX)
-
-
-def _folder(folder: object) -> Path:
-    if not isinstance(folder, (str, os.PathLike)):
-        raise ArgumentError(f"folder: expected a path, found {type(folder).__name__}.")
-    return Path(folder)

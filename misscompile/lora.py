@@ -16,19 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from misscompile.checkpoint import (
-    BLOCK_NAMES,
-    PREFIX,
-    adapter_tensors,
-    find_folder,
-    read_config,
-    read_header,
-    read_tensors,
-    write_folder,
-)
+from misscompile.checkpoint import adapter_tensors
 from misscompile.config import MissConfig
 from misscompile.errors import ArgumentError, CheckpointError, ConfigError, StateError
 from misscompile.passes.find import is_stored_transposed, linear_shape
+from misscompile.peft_format import BLOCK_NAMES, PREFIX, find_folder, read_config, read_header, read_tensors, write_folder
 from misscompile.pipeline import trace_scope
 from misscompile.state import STATE, OwnerState, owners, require_adapter, unwrap_model
 from misscompile.variants import delta_weight

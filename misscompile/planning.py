@@ -72,7 +72,7 @@ def check_adapter_name(model: nn.Module, name: object) -> None:
         )
     check_enabled(model, "adapt")
     for owner_name, state in owner_states(model).items():
-        if name in state.blocks:
+        if name in state.adapters:
             raise StateError(
                 f"adapter_name={name!r} is in use ({owner_name or '(root)'}): choose another name, or remove that adapter "
                 f"first with delete_adapter(model, {name!r})."
