@@ -49,7 +49,7 @@ from misscompile.state import (
     require_adapter,
     unwrap_model,
 )
-from misscompile.targets import closest
+from misscompile.targets import closest, exact_targets
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -180,7 +180,11 @@ def hotswap_adapter(
     for name in (*live, *there):
         if name not in there or name not in live:
             what = "is missing" if name not in there else "is not part of the adapter on the model"
-            raise CheckpointError(f"{weights}: key {PREFIX}{name!r} {what}.")
+            raise CheckpointError(f"{weights}: key {PREFIX + name!r} {what}.")
+        if live[name].is_floating_point() and there[name].dtype not in DTYPES:
+            raise CheckpointError(
+                f"{weights}: key {there[name].key!r} has dtype {there[name].dtype}; it takes {', '.join(DTYPES)}."
+            )
         if there[name].shape != tuple(live[name].shape):
             raise CheckpointError(
                 f"{weights}: key {there[name].key!r} has shape {there[name].shape}, on the model it is "
@@ -323,7 +327,8 @@ def _config_to_write(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
     config = adapter.config
     values = config.to_dict() | {"inference_mode": True}
     if config.target_modules is None or config.selects_all_linear:  # what was chosen here, wherever it is read
-        values["target_modules"] = [n for n, state in owner_states(root).items() if adapter.name in state.blocks]
+        chosen = [n for n, state in owner_states(root).items() if adapter.name in state.blocks]
+        values["target_modules"] = exact_targets(chosen, list(named_modules(root, remove_duplicate=False)))
     if values["base_model_name_or_path"] is None:
         name = getattr(root, "name_or_path", None)
         values["base_model_name_or_path"] = name if isinstance(name, str) and name else None

@@ -22,8 +22,11 @@ from misscompile.errors import ArgumentError, CheckpointError, ConfigError, Stat
 from misscompile.passes.find import is_stored_transposed, linear_shape
 from misscompile.peft_format import BLOCK_NAMES, PREFIX, find_folder, read_config, read_header, read_tensors, write_folder
 from misscompile.pipeline import trace_scope
-from misscompile.state import STATE, OwnerState, owners, require_adapter, unwrap_model
-from misscompile.variants import delta_weight
+from misscompile.state import STATE, OwnerState, named_modules, owners, require_adapter, unwrap_model
+from misscompile.targets import closest, exact_targets
+from misscompile.variants import block_shape, delta_weight, shape_problem
+
+_NO_CUT = "rank and energy are for bat: {variant} converts exactly, at rank r={r}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +75,12 @@ def save_as_lora(
         folder = find_folder(model_or_folder)
         config = read_config(folder)
         tensors = read_tensors(folder)
+        if config.variant != "bat" and (rank is not None or energy is not None):
+            raise ArgumentError(_NO_CUT.format(variant=config.variant, r=config.r))
         factors = _factors_of_folder(folder, config, tensors, base_model)
-    _write(Path(out), config, tensors, factors)
+        root = base_model if isinstance(base_model, nn.Module) else nn.Module()
+    names = list(named_modules(root, remove_duplicate=False))
+    _write(Path(out), config, tensors, factors, names)
     return [LoraError(name, factor.down.shape[0], factor.error) for name, factor in factors.items()]
 
 
@@ -97,8 +104,10 @@ def truncated_factors(delta: Tensor, rank: int | None, energy: float | None) -> 
     """The best `A (k, in)`, `B (out, k)` for `delta (out, in)` with `k = rank` or the least `k` that keeps `energy`."""
     u, s, vt = torch.linalg.svd(delta.double(), full_matrices=False)
     total = s.square().sum()
-    if rank is None:
-        kept = s.square().cumsum(0) / total.clamp_min(torch.finfo(torch.float64).tiny)
+    if rank is None and total == 0:
+        rank = 1
+    elif rank is None:
+        kept = s.square().cumsum(0) / total
         rank = int((kept < float(energy or 1.0) - 1e-12).sum()) + 1
     rank = min(rank, len(s))
     root = s[:rank].sqrt()
@@ -112,7 +121,7 @@ def _factors_of_model(
     if config.variant == "bat":
         _check_cut(rank, energy)
     elif rank is not None or energy is not None:
-        raise ArgumentError(f"rank and energy are for bat: {config.variant} converts exactly, at rank r={config.r}.")
+        raise ArgumentError(_NO_CUT.format(variant=config.variant, r=config.r))
     factors: dict[str, _Factors] = {}
     for name, owner in owners(root).items():
         state: OwnerState = vars(owner)[STATE]
@@ -149,7 +158,14 @@ def _factors_of_folder(
             continue
         name = key.removeprefix(PREFIX).rsplit(".", 1)[0]
         if name not in shapes:
-            raise CheckpointError(f"{folder}: the base model {source} has no linear {name!r}.")
+            raise CheckpointError(f"{folder}: the base model has no linear {name!r}{closest(name, shapes)}.")
+        sizes = (config.r, config.mini_r, *shapes[name])
+        problem = shape_problem(config.variant, *sizes)
+        if problem is not None or tuple(block.shape) != block_shape(config.variant, *sizes):
+            raise CheckpointError(
+                f"{folder}: key {key!r} has shape {tuple(block.shape)}, which does not fit the base model's "
+                f"{shapes[name][0]}→{shapes[name][1]} linear: is it the one that the adapter was trained on?"
+            )
         factors[name] = _Factors(*exact_factors(block, *shapes[name]), 0.0)
     return factors
 
@@ -180,11 +196,14 @@ def _check_cut(rank: int | None, energy: float | None) -> None:
         raise ArgumentError("bat is cut off by a singular value decomposition: give either rank or energy.")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ConfigError(f"rank={rank!r}: expected an integer of 1 or more.")
-    if energy is not None and not 0.0 < energy <= 1.0:
+    is_number = isinstance(energy, (int, float)) and not isinstance(energy, bool)
+    if energy is not None and not (is_number and 0.0 < energy <= 1.0):
         raise ConfigError(f"energy={energy!r}: expected a share in (0, 1].")
 
 
-def _write(out: Path, config: MissConfig, tensors: Mapping[str, Tensor], factors: Mapping[str, _Factors]) -> None:
+def _write(
+    out: Path, config: MissConfig, tensors: Mapping[str, Tensor], factors: Mapping[str, _Factors], names: list[str]
+) -> None:
     written = {key: value for key, value in tensors.items() if key.rsplit(".", 1)[-1] not in BLOCK_NAMES}
     for name, factor in factors.items():
         prefix = f"{PREFIX}{name}." if name else PREFIX
@@ -200,7 +219,7 @@ def _write(out: Path, config: MissConfig, tensors: Mapping[str, Tensor], factors
         "rank_pattern": own,
         "alpha_pattern": own,
         "lora_dropout": config.miss_dropout,
-        "target_modules": list(factors),
+        "target_modules": exact_targets(list(factors), names),
         "bias": {"MiSS_only": "lora_only"}.get(config.bias, config.bias),
         "inference_mode": True,
     }

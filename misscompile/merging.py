@@ -21,6 +21,7 @@ from misscompile.state import (
     base_tensor,
     check_enabled,
     copy_name,
+    named_modules,
     owner_states,
     owners,
     require_adapter,
@@ -57,6 +58,7 @@ def merge(model: M, adapter_names: list[str] | None = None, keep_adapters: bool 
     root = unwrap_model(model)
     names = _names_to_merge(root, adapter_names)
     check_classes(owners(root))
+    _check_copies_unshared(root, names)
     groups = _weight_groups(root, names)
     folds = [_plan_fold(group, names, keep_adapters) for group in groups]
     for fold in folds:  # every result is computed and checked before the first weight changes
@@ -146,6 +148,24 @@ def _weight_groups(root: nn.Module, names: tuple[str, ...]) -> list[Group]:
                     "`model.config.tie_word_embeddings = False` for an output layer), then merge."
                 )
     return list(groups.values())
+
+
+def _check_copies_unshared(root: nn.Module, names: tuple[str, ...]) -> None:
+    """Refuse to write a copy into a base tensor that another module uses too."""
+    users: dict[int, list[str]] = {}
+    for module_name, module in named_modules(root).items():
+        for tensor_name, tensor in module._parameters.items():
+            if tensor is not None:
+                users.setdefault(id(tensor), []).append(f"{module_name}.{tensor_name}")
+    for owner_name, owner in owners(root).items():
+        state: OwnerState = vars(owner)[STATE]
+        for tensor_name in {tensor for adapter in names for tensor in state.copies.get(adapter, ())}:
+            others = [n for n in users.get(id(base_tensor(owner, tensor_name)), []) if n != f"{owner_name}.{tensor_name}"]
+            if others:
+                raise MergeError(
+                    f"{owner_name}.{tensor_name}, which the adapter trains in full, is tied to {others[0]}: merging would "
+                    "change both. Untie first (give one of the modules a parameter of its own), then merge."
+                )
 
 
 def _plan_fold(group: Group, names: tuple[str, ...], keep_adapters: bool) -> Fold:

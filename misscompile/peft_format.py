@@ -131,8 +131,9 @@ def open_tensors(path: Path) -> Any:
 
 
 def strip_key(key: str) -> str:
-    """A key without PEFT's prefix and without what a compiled wrapper adds."""
-    return key.replace("_orig_mod.", "").removeprefix(PREFIX)
+    """A key without PEFT's prefix and what a compiled wrapper adds, and with the block's own name where it was Bone's."""
+    plain = key.replace("_orig_mod.", "").removeprefix(PREFIX)
+    return plain.removesuffix(BLOCK_NAMES[1]) + BLOCK if plain.endswith(BLOCK_NAMES[1]) else plain
 
 
 def to_path(folder: object) -> Path:

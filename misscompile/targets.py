@@ -72,6 +72,14 @@ def layer_index(name: str, patterns: Sequence[str]) -> int | None:
     return None
 
 
+def exact_targets(chosen: Sequence[str], names: Sequence[str]) -> list[str] | str:
+    """`target_modules` that chooses exactly `chosen` among `names`: a list, or an expression where a suffix says more."""
+    picked = set(chosen)
+    if all(name in picked or not any(name.endswith("." + entry) for entry in chosen) for name in names):
+        return list(chosen)
+    return "|".join(re.escape(name) for name in chosen)
+
+
 def closest(entry: str, names: Iterable[str]) -> str:
     """`"; closest: 'a', 'b'"` for the names (or their last segments) most like `entry`, or an empty string."""
     candidates: dict[str, None] = {}
