@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-inp
 .PHONY: demo test
 
 demo: $(INSTALLED)
-	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 $(BIN)/python examples/finetune_smollm2.py
+	TQDM_DISABLE=1 $(BIN)/python examples/finetune_smollm2.py
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

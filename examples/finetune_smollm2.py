@@ -133,7 +133,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--variant", choices=("balance", "bat", "mini"), default="balance", help="algebra of MiSS")
     parser.add_argument("--r", type=positive_int, default=32, help="rank; for bat it must divide every in and out")
     parser.add_argument("--mini-r", type=positive_int, default=64, help="block width of mini; it must divide every out")
-    parser.add_argument("--steps", type=positive_int, default=120, help="optimizer steps")
+    parser.add_argument("--steps", type=positive_int, default=100, help="optimizer steps")
     parser.add_argument("--batch", type=positive_int, default=16, help="examples per step")
     parser.add_argument("--lr", type=positive_float, help=f"peak learning rate; by default {LEARNING_RATES}")
     parser.add_argument("--eval-size", type=positive_int, default=128, help="examples held out")
