@@ -51,12 +51,23 @@ class Adapter:
 
 @dataclasses.dataclass
 class Site:
-    """One linear call site of a scope: the node that computes `y` and its operands."""
+    """One linear call site of a scope: the node that computes `y`, its operands, and the blocks that act on it."""
 
     node: fx.Node
     x: fx.Node
     weight: fx.Node | None
+    """The operand as the call takes it, in `layout`; None where no node gives it."""
     layout: Layout
+    in_features: int
+    out_features: int
+    weight_dtype: torch.dtype | None
+    blocks: tuple[Block, ...] = ()
+    owner: str = ""
+    """Dotted name, below the root of the scope, of the module on which the blocks are registered."""
+
+    def attribute(self, name: str) -> str:
+        """The `get_attr` target of something that the owner holds."""
+        return f"{self.owner}.{name}" if self.owner else name
 
 
 @dataclasses.dataclass(eq=False)

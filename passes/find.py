@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from misscompile.passes.trace import call_opaque
 from torch import fx, nn
 
-from misscompile.plan import Scope, Site
+from misscompile.plan import Layout, Scope, Site
 
 _WEIGHT_SOURCES = (("get_attr", "weight"), ("call_module", "parametrizations.weight"))
 _SHAPE_ATTRIBUTE_PAIRS = (("in_features", "out_features"), ("nx", "nf"), ("infeatures", "outfeatures"))
@@ -46,16 +46,17 @@ def weight_dtype(module: nn.Module) -> torch.dtype | None:
 
 def find_sites(scope: Scope) -> None:
     """Fill `scope.sites` with every call of the owner's weight as a linear; none is an answer too."""
-    scope.sites = [site for node in scope.graph.nodes if (site := _match(node)) is not None]
+    scope.sites = [site for node in scope.graph.nodes if (site := _match(scope, node)) is not None]
 
 
-def _match(node: fx.Node) -> Site | None:
+def _match(scope: Scope, node: fx.Node) -> Site | None:
     if node.op != "call_function":
         return None
     if node.target is call_opaque:
         x = node.args[2]
         assert isinstance(x, fx.Node)
-        return Site(node, x, None, "opaque")
+        return _site(scope, node, x, None, "opaque")
+    layout: Layout
     if node.target is F.linear:
         x, weight = _operand(node, 0, "input"), _operand(node, 1, "weight")
         layout = "out_in"
@@ -74,7 +75,11 @@ def _match(node: fx.Node) -> Site | None:
     source = _transposed(weight) or weight
     if (source.op, source.target) not in _WEIGHT_SOURCES:
         return None
-    return Site(node, x, weight, layout)  # type: ignore[arg-type]
+    return _site(scope, node, x, weight, layout)
+
+
+def _site(scope: Scope, node: fx.Node, x: fx.Node, weight: fx.Node | None, layout: Layout) -> Site:
+    return Site(node, x, weight, layout, scope.in_features, scope.out_features, scope.weight_dtype, scope.blocks)
 
 
 def is_stored_transposed(scope: Scope) -> bool:

@@ -30,7 +30,7 @@ _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def insert_updates(scope: Scope) -> None:
-    """Rewrite `scope.graph` so that each site adds the update of every block in `scope.blocks`, in their order.
+    """Rewrite `scope.graph` so that each site adds the update of every one of its blocks, in their order.
 
     Raises:
         UnsupportedModuleError: a bat block on an opaque site, whose weight no graph can reach.
@@ -41,9 +41,9 @@ def insert_updates(scope: Scope) -> None:
             later.x = result if later.x is site.node else later.x
 
 
-def folds_into_weight(scope: Scope, block: Block) -> bool:
+def folds_into_weight(weight_dtype: torch.dtype | None, block: Block) -> bool:
     """Whether bat is one product with `W + ΔW`: as exact as two where W has room for small updates, and cheaper."""
-    return block.dropout == 0.0 and scope.weight_dtype not in _HALF_PRECISION
+    return block.dropout == 0.0 and weight_dtype not in _HALF_PRECISION
 
 
 class _Rewrite:
@@ -60,8 +60,8 @@ class _Rewrite:
         """Rewrite the site and return the node that stands for its output now."""
         users = list(self.site.node.users)
         effective: fx.Node | None = None
-        for block in self.scope.blocks:
-            if block.variant == "bat" and folds_into_weight(self.scope, block):
+        for block in self.site.blocks:
+            if block.variant == "bat" and folds_into_weight(self.site.weight_dtype, block):
                 effective = self._grow_weight(effective, block)
             else:
                 self._add_to_output(block)
@@ -72,7 +72,7 @@ class _Rewrite:
         return self.y
 
     def _grow_weight(self, effective: fx.Node | None, block: Block) -> fx.Node:
-        sizes = self.scope.in_features, self.scope.out_features, block.r
+        sizes = self.site.in_features, self.site.out_features, block.r
         base, parameter = self._weight(block), self._parameter(block)
         rule = lambda weight, base, b: variants.bat_weight(weight, base, b, *sizes)  # noqa: E731
         return self._splice(rule, (effective or base, base, parameter), block, self.site.node)
@@ -80,11 +80,11 @@ class _Rewrite:
     def _replace_weight(self, effective: fx.Node) -> None:
         assert self.site.weight is not None
         if self.site.layout == "in_out":
-            effective = self._transpose(effective, self.scope.blocks[-1])
+            effective = self._transpose(effective, self.site.blocks[-1])
         self.site.node.replace_input_with(self.site.weight, effective)
 
     def _add_to_output(self, block: Block) -> None:
-        in_features, out_features, r, mini_r = self.scope.in_features, self.scope.out_features, block.r, block.mini_r
+        in_features, out_features, r, mini_r = self.site.in_features, self.site.out_features, block.r, block.mini_r
         x, parameter = self._dropped_input(block), self._parameter(block)
         operands: tuple[fx.Node, ...] = (self.y, x, parameter)
         rule: Callable[..., Any]
@@ -120,7 +120,7 @@ class _Rewrite:
 
     def _parameter(self, block: Block) -> fx.Node:
         with self.graph.inserting_before(self.site.node):
-            return self._tag(self.graph.get_attr(block.parameter), block)
+            return self._tag(self.graph.get_attr(self.site.attribute(block.parameter)), block)
 
     def _transpose(self, weight: fx.Node, block: Block) -> fx.Node:
         with self.graph.inserting_before(self.site.node):
