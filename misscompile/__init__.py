@@ -11,10 +11,12 @@ from misscompile.adapting import (
     trainable_parameters,
     unload,
 )
+from misscompile.capture import capture
 from misscompile.checkpoint import hotswap_adapter, load_adapter, save_adapter
 from misscompile.config import MissConfig
 from misscompile.errors import (
     ArgumentError,
+    CaptureError,
     CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
@@ -32,6 +34,7 @@ from misscompile.passes.dump import dump
 
 __all__ = [
     "ArgumentError",
+    "CaptureError",
     "CheckpointError",
     "CheckpointNotFoundError",
     "ConfigError",
@@ -47,6 +50,7 @@ __all__ = [
     "active_adapters",
     "adapt",
     "adapters",
+    "capture",
     "delete_adapter",
     "disable_adapter",
     "dump",

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from misscompile.config import MissConfig, coerce_config
 from misscompile.errors import ArgumentError, MissWarning, StateError
+from misscompile.graph_merging import swap_unmerged
+from misscompile.graph_planning import plan_graph_adapter
+from misscompile.graphs import WholeGraph, copy_graph, record_of, refresh_graphs, whole_graphs
 from misscompile.passes.install import find_foreign_forward
 from misscompile.passes.register import create_blocks, create_copies, register_blocks
 from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, specialize
@@ -32,21 +36,48 @@ from misscompile.state import (
 M = TypeVar("M", bound=nn.Module)
 
 
-def adapt(model: M, config: object, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True) -> M:
-    """Add a MiSS adapter to `model` in place: freeze the base, register the blocks, rewrite the linear call sites.
+@overload
+def adapt(
+    model: fx.GraphModule | torch.export.ExportedProgram,
+    config: object,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    per_call_site: bool = False,
+) -> WholeGraph: ...
 
-    The module tree, the classes (`isinstance`), the parameter names and the base `state_dict` stay as they were; each
-    adapted linear gains one parameter `miss_block_<adapter_name>`. The new adapter becomes the active one.
+
+@overload
+def adapt(model: M, config: object, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True) -> M: ...
+
+
+def adapt(
+    model: Any,
+    config: object,
+    adapter_name: str = "default",
+    *,
+    autocast_adapter_dtype: bool = True,
+    per_call_site: bool = False,
+) -> Any:
+    """Add a MiSS adapter to `model`: freeze the base, register the blocks, rewrite the linear call sites.
+
+    An ordinary module is adapted in place: the module tree, the classes (`isinstance`), the parameter names and the base
+    `state_dict` stay as they were; each adapted linear gains one parameter `miss_block_<adapter_name>`. A graph is left
+    alone: a new one comes back, over the same base values. The new adapter becomes the active one.
 
     Args:
-        model: any `nn.Module`; a `torch.compile` or data-parallel wrapper is adapted inside.
+        model: any `nn.Module`, where a `torch.compile` or data-parallel wrapper is adapted inside; or a
+            `torch.fx.GraphModule` or `torch.export.ExportedProgram`, whose linear calls are matched by the names of their
+            weights' owners.
         config: a `MissConfig`, a `peft.MissConfig` or a dict of its fields.
         adapter_name: without dots, not in use on this model.
         autocast_adapter_dtype: keep blocks in float32 where the base weight is 16-bit; False gives them its dtype. Each
             block lives on the device of its weight, so a model may be spread over devices.
+        per_call_site: graphs only: where one weight is called several times, give each call a block of its own, named
+            `<owner>#0`, `<owner>#1`, …, instead of one for all.
 
     Returns:
-        `model`, the same object.
+        `model`, the same object; of a graph a new `GraphModule`.
 
     Raises:
         ConfigError: a field is not valid, or does not fit a chosen module (the message has the values that would do).
@@ -57,22 +88,49 @@ def adapt(model: M, config: object, adapter_name: str = "default", *, autocast_a
 
     Nothing is changed when it raises. What the rules passed over is told in a `MissWarning` and listed by `dump`.
     """
-    root = unwrap_model(model)
-    plan = plan_adapter(root, coerce_config(config), adapter_name)
+    root = open_model(model)
+    plan = make_plan(root, coerce_config(config), adapter_name, per_call_site)
     create_blocks(plan, autocast_adapter_dtype)
     create_copies(plan)
     install_plan(root, plan)
-    return model
+    return root if isinstance(root, WholeGraph) else model
+
+
+def open_model(model: object) -> nn.Module:
+    """The module that a new adapter goes onto: the model itself below its wrappers, or a copy of a graph.
+
+    Raises:
+        ArgumentError: `model` is neither a module nor an exported program.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        return copy_graph(model)
+    root = unwrap_model(model)
+    return copy_graph(root) if isinstance(root, fx.GraphModule) else root
+
+
+def make_plan(root: nn.Module, config: MissConfig, adapter_name: str, per_call_site: bool = False) -> Plan:
+    """The plan for an adapter on an ordinary module or on a whole graph."""
+    if isinstance(root, WholeGraph):
+        return plan_graph_adapter(root, config, adapter_name, per_call_site)
+    if per_call_site:
+        raise ArgumentError(
+            "per_call_site=True: the calls of a module are seen in a whole graph only; use misscompile.capture first."
+        )
+    return plan_adapter(root, config, adapter_name)
 
 
 def install_plan(root: nn.Module, plan: Plan) -> None:
     """Carry out a complete plan, all or nothing, and tell what it passed over."""
+    whole_graph = isinstance(root, WholeGraph)
     fresh = [owner for owner in (*(t.owner for t in plan.targets), *plan.copies) if STATE not in vars(owner)]
-    foreign = {owner: find_foreign_forward(owner) for owner in fresh}
-    for target in plan.targets:  # build every class before the first change: a rewrite that fails changes nothing
-        specialize(target.owner, (target.in_features, target.out_features), (target.block,), ())
+    foreign = {} if whole_graph else {owner: find_foreign_forward(owner) for owner in fresh}
+    if not whole_graph:
+        for target in plan.targets:  # build every class before the first change: a rewrite that fails changes nothing
+            specialize(target.owner, (target.in_features, target.out_features), (target.block,), ())
     with transaction(root, [*(target.owner for target in plan.targets), *plan.copies]):
         register_blocks(plan)
+        for owner in fresh:
+            vars(owner)[STATE].in_graph = whole_graph
         for owner, forward in foreign.items():
             vars(owner)[STATE].foreign_forward = forward
         for parameter in root.parameters():
@@ -131,6 +189,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     with transaction(root, ()):
         for name, owner in owners(root).items():
             remove_from_owner(owner, [adapter_name], name)
+        refresh_graphs(root)
     left = list(adapters_of(root))
     if left and not active_adapters(root):
         warnings.warn(f"no adapter is active now; set_adapter can activate {left}.", MissWarning, stacklevel=2)
@@ -161,11 +220,11 @@ def disable_adapter(model: M) -> Iterator[M]:
     """
     adapted = _adapted_owners(model)
     check_classes(adapted)
-    _shift_disabled(adapted, +1)
+    _shift_disabled(model, adapted, +1)
     try:
         yield model
     finally:
-        _shift_disabled({name: owner for name, owner in adapted.items() if STATE in vars(owner)}, -1)
+        _shift_disabled(model, {name: owner for name, owner in adapted.items() if STATE in vars(owner)}, -1)
 
 
 def unload(model: M) -> M:
@@ -186,8 +245,12 @@ def unload(model: M) -> M:
     with transaction(root, ()):
         for owner in adapted.values():
             swap_base_values(owner)
+        for graph in whole_graphs(root):
+            swap_unmerged(graph)
+            record_of(graph).kept = None
         for name, owner in adapted.items():
             restore_owner(owner, name)
+        refresh_graphs(root)
     return model
 
 
@@ -202,6 +265,7 @@ def _activate(root: nn.Module, names: tuple[str, ...]) -> None:
                 tensor = getattr(owner, registered)
                 tensor.requires_grad_(trains and isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
         refresh_owner(owner, name)
+    refresh_graphs(root)
 
 
 def _check_copies_apart(root: nn.Module, names: Sequence[str]) -> None:
@@ -216,7 +280,8 @@ def _check_copies_apart(root: nn.Module, names: Sequence[str]) -> None:
                 )
 
 
-def _shift_disabled(adapted: dict[str, nn.Module], step: int) -> None:
+def _shift_disabled(model: nn.Module, adapted: dict[str, nn.Module], step: int) -> None:
+    changed = False
     for name, owner in adapted.items():
         state: OwnerState = vars(owner)[STATE]
         was = state.disabled > 0
@@ -224,6 +289,11 @@ def _shift_disabled(adapted: dict[str, nn.Module], step: int) -> None:
         if was != (state.disabled > 0):
             swap_base_values(owner)
             refresh_owner(owner, name)
+            changed = True
+    if changed:
+        for graph in whole_graphs(model):
+            swap_unmerged(graph)
+        refresh_graphs(model)
 
 
 def _check_unmerged(root: nn.Module, verb: str) -> None:

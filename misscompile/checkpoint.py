@@ -11,14 +11,15 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from misscompile import variants
-from misscompile.adapting import install_plan
+from misscompile.adapting import install_plan, make_plan, open_model
 from misscompile.errors import CheckpointError, MissError, StateError
+from misscompile.graphs import WholeGraph, add_containers
 from misscompile.passes.register import create_blocks, create_copies
 from misscompile.peft_format import (
     BLOCK,
@@ -37,7 +38,7 @@ from misscompile.peft_format import (
     write_folder,
 )
 from misscompile.plan import Adapter, Plan
-from misscompile.planning import check_adapter_name, plan_adapter
+from misscompile.planning import check_adapter_name
 from misscompile.state import (
     STATE,
     OwnerState,
@@ -90,6 +91,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     write_folder(path, tensors, config)
 
 
+@overload
+def load_adapter(
+    model: fx.GraphModule | torch.export.ExportedProgram,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    *,
+    low_cpu_mem_usage: bool = False,
+    revision: str | None = None,
+) -> WholeGraph: ...
+
+
+@overload
 def load_adapter(
     model: M,
     folder: str | os.PathLike[str],
@@ -98,8 +112,19 @@ def load_adapter(
     *,
     low_cpu_mem_usage: bool = False,
     revision: str | None = None,
-) -> M:
-    """Put a saved adapter on `model` in place and make it the active one.
+) -> M: ...
+
+
+def load_adapter(
+    model: Any,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    *,
+    low_cpu_mem_usage: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """Put a saved adapter on `model` in place, of a graph on a new one, and make it the active one.
 
     Args:
         model: a plain or adapted model of the architecture that the adapter was trained on.
@@ -111,7 +136,7 @@ def load_adapter(
         revision: branch, tag or commit of a Hub repository.
 
     Returns:
-        `model`, the same object.
+        `model`, the same object; of a graph a new `GraphModule`.
 
     Raises:
         CheckpointNotFoundError: the folder or one of its files is not there.
@@ -119,15 +144,19 @@ def load_adapter(
             surplus or mis-shaped keys, each named). The model is left as it was.
         StateError, ConfigError: the adapter name is in use or not valid.
     """
-    root = unwrap_model(model)
+    root = open_model(model)
     check_adapter_name(root, adapter_name)
     path = find_folder(folder, revision)
     config = read_config(path)
     config.inference_mode = not is_trainable
     weights = path / WEIGHTS_FILE
-    keys = sort_keys(root, weights, read_header(weights))
+    header = read_header(weights)
+    per_call_site = any("#" in key for key in header)
+    if isinstance(root, WholeGraph):
+        add_containers(root, per_call_site)
+    keys = sort_keys(root, weights, header)
     try:
-        plan = plan_adapter(root, config, adapter_name)
+        plan = make_plan(root, config, adapter_name, per_call_site)
     except MissError as error:
         raise CheckpointError(f"{path}: the adapter does not fit this model: {error}") from error
     _check_blocks(weights, plan, keys)
@@ -140,7 +169,7 @@ def load_adapter(
     create_blocks(plan, True, blocks, copy=not low_cpu_mem_usage)
     create_copies(plan, copies, copy=not low_cpu_mem_usage)
     install_plan(root, plan)
-    return model
+    return root if isinstance(root, WholeGraph) else model
 
 
 @torch.no_grad()

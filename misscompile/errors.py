@@ -53,5 +53,9 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
         return str(self.args[0]) if self.args else ""
 
 
+class CaptureError(MissError, RuntimeError):
+    """A model cannot be captured as one graph."""
+
+
 class MissWarning(UserWarning):
     """Something asked for has no effect, or less than one would think."""

@@ -11,6 +11,15 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from misscompile.errors import ArgumentError, MergeError, MissWarning, StateError
+from misscompile.graph_merging import (
+    fold_parameter,
+    keep_unmerged,
+    merged_parameters,
+    plan_graph_folds,
+    swap_unmerged,
+    write_folds,
+)
+from misscompile.graphs import record_of, refresh_graphs, whole_graphs
 from misscompile.passes.find import is_stored_transposed, weight_users
 from misscompile.passes.merge import fold_weight
 from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, trace_scope
@@ -49,7 +58,7 @@ def merge(model: M, adapter_names: list[str] | None = None, keep_adapters: bool 
 
     Raises:
         MergeError: a result is not finite, or a weight cannot be folded because its module's forward is opaque, it is
-            on the meta device or offloaded, or a module that is not adapted shares it. Nothing is changed then.
+            on the meta device or offloaded, or a module or a call that is not adapted shares it. Nothing is changed then.
         StateError: the model has no adapter, is merged already, or is inside `disable_adapter`.
         UnknownAdapterError: a name is not on the model.
 
@@ -61,21 +70,33 @@ def merge(model: M, adapter_names: list[str] | None = None, keep_adapters: bool 
     _check_copies_unshared(root, names)
     groups = _weight_groups(root, names)
     folds = [_plan_fold(group, names, keep_adapters) for group in groups]
+    graphs = {graph: plan_graph_folds(graph, names) for graph in whole_graphs(root)}
+    merged = {graph: [fold_parameter(graph, fold) for fold in graph_folds] for graph, graph_folds in graphs.items()}
     for fold in folds:  # every result is computed and checked before the first weight changes
         fold()
     for group, fold in zip(groups, folds, strict=True):
         _commit(group, fold(), names, keep_adapters)
+    for graph, graph_folds in graphs.items():
+        record_of(graph).kept = keep_unmerged(graph) if keep_adapters else None
+        write_folds(graph, graph_folds, merged[graph])
     for name, owner in owners(root).items():
         state: OwnerState = vars(owner)[STATE]
-        if not state.merged and any(n in state.copies for n in names):  # modules to save: no blocks, only copies
+        held = state.blocks if state.in_graph else {}
+        if not state.merged and any(n in state.copies or n in held for n in names):  # no weight of its own left to write
             _write_copies(owner, names, keep_adapters)
             _finish(owner, names, name, keep_adapters)
+    for graph in graphs:
+        if (kept := record_of(graph).kept) is not None:
+            kept.versions = {name: tensor_version(value) for name, value in merged_parameters(graph).items()}
     if adapter_names is None and not keep_adapters:
         left = [name for name in adapters_of(root) if name not in names]
         for name, owner in owners(root).items():
             restore_owner(owner, name)
+        refresh_graphs(root)
         if left:
             warnings.warn(f"merge removed the inactive adapters {left} without folding them.", MissWarning, stacklevel=2)
+    else:
+        refresh_graphs(root)
     return model
 
 
@@ -94,6 +115,14 @@ def unmerge(model: M) -> M:
     merged = {name: owner for name, owner in owners(root).items() if vars(owner)[STATE].merged}
     if not merged:
         raise StateError("nothing is merged: unmerge undoes merge(model, keep_adapters=True).")
+    for graph in whole_graphs(root):
+        kept = record_of(graph).kept
+        for name, value in merged_parameters(graph).items():
+            if kept is not None and not _is_current(kept.versions.get(name, (0, 0)), tensor_version(value)):
+                raise MergeError(
+                    f"{name} was changed after it was merged, so unmerge would throw that change away. Load the merged "
+                    "values again, then call unmerge."
+                )
     for name, owner in merged.items():
         state: OwnerState = vars(owner)[STATE]
         for tensor, version in state.merged_versions.items():
@@ -107,6 +136,10 @@ def unmerge(model: M) -> M:
         swap_base_values(owner)
         state.merged, state.base_values, state.merged_versions = (), {}, {}
         refresh_owner(owner, name)
+    for graph in whole_graphs(root):
+        swap_unmerged(graph)
+        record_of(graph).kept = None
+    refresh_graphs(root)
     return model
 
 
@@ -134,7 +167,8 @@ def _weight_groups(root: nn.Module, names: tuple[str, ...]) -> list[Group]:
     """The owners that hold blocks of `names`, those that share a weight together."""
     groups: dict[object, Group] = {}
     for name, owner in owners(root).items():
-        if any(n in vars(owner)[STATE].blocks for n in names):
+        state: OwnerState = vars(owner)[STATE]
+        if not state.in_graph and any(n in state.blocks for n in names):
             weight = owner._parameters.get("weight")
             groups.setdefault(name if weight is None else id(weight), []).append((name, owner))
     adapted = {owner for group in groups.values() for _, owner in group}
@@ -222,6 +256,10 @@ def _write_copies(owner: nn.Module, names: tuple[str, ...], keep_adapters: bool)
     for adapter in names:
         for tensor in state.copies.get(adapter, ()):
             base = base_tensor(owner, tensor)
+            if state.in_graph and isinstance(base, nn.Parameter):  # shared with the model that the graph was made from
+                values = getattr(owner, copy_name(adapter, tensor)).detach().clone()
+                owner._parameters[tensor] = nn.Parameter(values, requires_grad=False)
+                continue
             if keep_adapters:
                 state.base_values[tensor] = base.detach().clone()
             base.copy_(getattr(owner, copy_name(adapter, tensor)))

@@ -122,8 +122,8 @@ def refresh_owner(owner: nn.Module, name: str = "the module") -> None:
     """Derive the class of an owner from its record again, after either changed."""
     state: OwnerState = vars(owner)[STATE]
     check_class(owner, name)
-    blocks = state.effective_blocks()
-    new_class = specialize(owner, state.shape, blocks, state.effective_copies())
+    blocks = () if state.in_graph else state.effective_blocks()
+    new_class = specialize(owner, None if state.in_graph else state.shape, blocks, state.effective_copies())
     set_class(owner, new_class, state.foreign_forward, inserted=bool(blocks))
 
 

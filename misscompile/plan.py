@@ -11,7 +11,10 @@ from torch import Tensor, fx, nn
 
 from misscompile.config import MissConfig, Variant
 
-Layout = Literal["out_in", "in_out", "opaque"]
+Layout = Literal["out_in", "in_out", "conv", "opaque"]
+
+Step = tuple[Any, ...]
+"""One view between a parameter and a linear call: `("t",)`, `("view", *shape)`, `("rows", start, stop)`, `("flatten",)`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,15 @@ class Adapter:
     refusals: tuple[Refusal, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightPath:
+    """The parameter behind a weight operand and the views that lead from it to `(out, in)`."""
+
+    parameter: str
+    """Dotted name of the parameter below the root of the scope."""
+    steps: tuple[Step, ...]
+
+
 @dataclasses.dataclass
 class Site:
     """One linear call site of a scope: the node that computes `y`, its operands, and the blocks that act on it."""
@@ -64,6 +76,12 @@ class Site:
     blocks: tuple[Block, ...] = ()
     owner: str = ""
     """Dotted name, below the root of the scope, of the module on which the blocks are registered."""
+    path: WeightPath | None = None
+    """From the stored parameter to the weight as `(out, in)`, where the scope is a whole graph."""
+    columns: tuple[int, int, int] | None = None
+    """`(start, stop, of how many)`: the outputs of the call that are this site's, where it computes several's (q, k, v)."""
+    strides: tuple[int, ...] = ()
+    """Of a 1×1 convolution, one for each dimension of its positions."""
 
     def attribute(self, name: str) -> str:
         """The `get_attr` target of something that the owner holds."""
@@ -88,6 +106,19 @@ class Scope:
     forward: Callable[..., Any] | None = None
 
 
+@dataclasses.dataclass(eq=False)
+class ModelScope:
+    """A whole model as one graph, the module that runs it, and every linear call in it."""
+
+    root: nn.Module
+    graph: fx.Graph
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    refusals: list[Refusal] = dataclasses.field(default_factory=list)
+    """Calls that look like linears and cannot take a block."""
+    unnamed: list[str] = dataclasses.field(default_factory=list)
+    """Weights of linear calls of which nothing tells the owner."""
+
+
 @dataclasses.dataclass
 class Target:
     """One module chosen by the rules: its canonical name, the owner, and the block it gets."""
@@ -97,6 +128,10 @@ class Target:
     in_features: int
     out_features: int
     block: Block
+    weight: Tensor | None = None
+    """The weight, where it is not an attribute of the owner."""
+    shared_by: object = None
+    """Targets with the same value share one block; by default those of one weight."""
 
 
 @dataclasses.dataclass

@@ -30,13 +30,13 @@ _SHOWN = 5
 
 
 def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Plan:
-    """Choose the modules, look at each, and say what will be registered where.
+    """Choose the modules of an ordinary model, look at each, and say what will be registered where.
 
     Raises:
         ConfigError, NoMatchError, UnsupportedModuleError, StateError, ArgumentError: see `misscompile.adapt`.
     """
     check_adapter_name(model, adapter_name)
-    config = _with_task_heads(model, config)
+    config = with_task_heads(model, config)
     modules = named_modules(model, remove_duplicate=False)
     if linear_shape(model) is None:
         del modules[""]
@@ -52,12 +52,16 @@ def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Pla
             targets.append(found)
         else:
             refusals.append(found)
-    _check_refusals(refusals, targets, implicit)
-    _check_shapes(targets, config)
+    check_refusals(refusals, targets, implicit)
+    check_shapes(targets, config)
     partly = [Refusal(t.name, type(t.owner).__name__, bypassed[t.owner].reason) for t in targets if t.owner in bypassed]
-    notes = [*selection.notes, *_notes("not adapted:", refusals), *_notes("adapted, but not on every path:", partly)]
+    notes = [
+        *selection.notes,
+        *refusal_notes("not adapted:", refusals),
+        *refusal_notes("adapted, but not on every path:", partly),
+    ]
     adapter = Adapter(adapter_name, config, refusals=tuple(refusals))
-    copied = _trained_in_full(model, config, [modules[name] for name in selection.saved], targets)
+    copied = trained_in_full(model, config, [modules[name] for name in selection.saved], targets)
     return Plan(adapter, targets, notes + _shared_weights(model, targets), copied)
 
 
@@ -83,7 +87,7 @@ def check_adapter_name(model: nn.Module, name: object) -> None:
             )
 
 
-def _with_task_heads(model: nn.Module, config: MissConfig) -> MissConfig:
+def with_task_heads(model: nn.Module, config: MissConfig) -> MissConfig:
     """`config` with the head of its task among the modules to save."""
     names = list(named_modules(model))
     saved = list(config.modules_to_save or ())
@@ -93,7 +97,7 @@ def _with_task_heads(model: nn.Module, config: MissConfig) -> MissConfig:
     return dataclasses.replace(config, modules_to_save=saved or None)
 
 
-def _trained_in_full(
+def trained_in_full(
     model: nn.Module, config: MissConfig, saved: Sequence[nn.Module], targets: Sequence[Target]
 ) -> dict[nn.Module, tuple[str, ...]]:
     """The tensors of each module that the adapter trains beside its blocks."""
@@ -212,7 +216,7 @@ def _fused_experts(modules: dict[str, nn.Module]) -> list[Refusal]:
     return found
 
 
-def _notes(what: str, refusals: Sequence[Refusal]) -> list[str]:
+def refusal_notes(what: str, refusals: Sequence[Refusal]) -> list[str]:
     """One sentence for each reason: a model with many layers should not warn once for each of them."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for refusal in refusals:
@@ -224,7 +228,7 @@ def _notes(what: str, refusals: Sequence[Refusal]) -> list[str]:
     return notes
 
 
-def _check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], implicit: bool) -> None:
+def check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], implicit: bool) -> None:
     if implicit and targets:
         return
     if refusals:
@@ -238,7 +242,7 @@ def _check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], impl
         )
 
 
-def _check_shapes(targets: Sequence[Target], config: MissConfig) -> None:
+def check_shapes(targets: Sequence[Target], config: MissConfig) -> None:
     problems = [
         f"\n  {t.name or '(root)'} ({t.in_features}→{t.out_features}): {problem}"
         for t in targets

@@ -40,6 +40,8 @@ class OwnerState:
     """Tensors as they were before a merge that keeps the adapters."""
     merged_versions: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     """`(id, _version)` of those tensors right after that merge; a later change shows in it."""
+    in_graph: bool = False
+    """Whether blocks act in the graph of a `WholeGraph` above the module, and not in a forward of its own."""
     foreign_forward: Any = None
     """An instance attribute `forward` that somebody else had put on the module."""
 
@@ -78,7 +80,7 @@ def unwrap_model(model: object) -> nn.Module:
         ArgumentError: `model` is not an `nn.Module`.
     """
     if not isinstance(model, nn.Module):
-        hint = "; take its .module()" if isinstance(model, torch.export.ExportedProgram) else ""
+        hint = " (adapt and load_adapter make a module of it)" if isinstance(model, torch.export.ExportedProgram) else ""
         raise ArgumentError(f"model: expected a torch.nn.Module, found {type(model).__name__}{hint}.")
     wrapped: Any = model
     while True:

@@ -14,6 +14,8 @@ operations in at a linear call site; the merge uses `delta_weight`. Symbols: a s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.fx
@@ -124,6 +126,18 @@ def add_bat(y: Tensor, x: Tensor, base: Tensor, block: Tensor, in_features: int,
 def drop_input(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout on the elements of `x` before the shards are summed."""
     return F.dropout(x, p, training)
+
+
+def features_last(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """`x (…, C, *positions)` of a 1×1 convolution as `(…, *positions, C)`, without positions that `strides` leave out."""
+    index: Any = (..., *(slice(None, None, stride) for stride in strides))
+    kept = x[index]
+    return kept.movedim(-1 - len(strides), -1)
+
+
+def features_first(y: Tensor, positions: int) -> Tensor:
+    """`y (…, *positions, C)` as the `(…, C, *positions)` that a convolution returns."""
+    return y.movedim(-1, -1 - positions)
 
 
 def delta_weight(variant: Variant, block: Tensor, weight: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def _status(block: Block, state: OwnerState) -> str:
 def _step_flops(scope: Scope, block: Block) -> tuple[int, int]:
     form: cost.Form
     if block.variant == "bat":
-        form = "bat one product" if folds_into_weight(scope.weight_dtype, block) else "bat two products"
+        form = "bat one product" if folds_into_weight(scope.sites[0], block) else "bat two products"
     else:
         form = block.variant
     sizes = TOKENS, scope.in_features, scope.out_features, block.r, block.mini_r

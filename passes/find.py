@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 
 import torch
-import torch.nn.functional as F
+from misscompile.passes.match import match_linear
 from misscompile.passes.trace import call_opaque
 from torch import fx, nn
 
@@ -56,26 +56,17 @@ def _match(scope: Scope, node: fx.Node) -> Site | None:
         x = node.args[2]
         assert isinstance(x, fx.Node)
         return _site(scope, node, x, None, "opaque")
-    layout: Layout
-    if node.target is F.linear:
-        x, weight = _operand(node, 0, "input"), _operand(node, 1, "weight")
-        layout = "out_in"
-    elif node.target in (operator.matmul, torch.matmul):
-        x, weight = _operand(node, 0, "input"), _operand(node, 1, "other")
-        layout = "in_out"
-        if weight is None or _transposed(weight) is None:
-            return None
-    elif node.target is torch.addmm and not {"beta", "alpha"} & set(node.kwargs):
-        x, weight = _operand(node, 1, "mat1"), _operand(node, 2, "mat2")
-        layout = "in_out"
-    else:
+    call = match_linear(node)
+    if call is None or call.layout == "conv":
         return None
-    if x is None or weight is None:
+    source = _transposed(call.weight)
+    plain_product = node.target in (operator.matmul, torch.matmul)
+    if plain_product and source is None:  # whether the stored weight is (in, out) is then nothing but a guess
         return None
-    source = _transposed(weight) or weight
+    source = source or call.weight
     if (source.op, source.target) not in _WEIGHT_SOURCES:
         return None
-    return _site(scope, node, x, weight, layout)
+    return _site(scope, node, call.x, call.weight, call.layout)
 
 
 def _site(scope: Scope, node: fx.Node, x: fx.Node, weight: fx.Node | None, layout: Layout) -> Site:
@@ -102,8 +93,3 @@ def _transposed(node: fx.Node) -> fx.Node | None:
     method = node.op == "call_method" and node.target == "t"
     source = node.args[0] if attribute or method else None
     return source if isinstance(source, fx.Node) else None
-
-
-def _operand(node: fx.Node, position: int, keyword: str) -> fx.Node | None:
-    value = node.args[position] if len(node.args) > position else node.kwargs.get(keyword)
-    return value if isinstance(value, fx.Node) else None

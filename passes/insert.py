@@ -16,6 +16,7 @@ The operations are those of `misscompile.variants`, traced with the site's numbe
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -24,51 +25,102 @@ from torch import fx
 
 from misscompile import variants
 from misscompile.errors import UnsupportedModuleError
-from misscompile.plan import Block, Scope, Site
+from misscompile.plan import Block, ModelScope, Scope, Site
 
 _HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def insert_updates(scope: Scope) -> None:
+def insert_updates(scope: Scope | ModelScope) -> None:
     """Rewrite `scope.graph` so that each site adds the update of every one of its blocks, in their order.
 
     Raises:
         UnsupportedModuleError: a bat block on an opaque site, whose weight no graph can reach.
     """
-    for index, site in enumerate(scope.sites):
-        result = _Rewrite(scope, site).run()
-        for later in scope.sites[index + 1 :]:
-            later.x = result if later.x is site.node else later.x
+    sites = [site for site in scope.sites if site.blocks]
+    for node in dict.fromkeys(site.node for site in sites):
+        users = list(node.users)
+        result = _rewrite_call(scope, [site for site in sites if site.node is node])
+        for user in users:
+            user.replace_input_with(node, result)
+        for later in sites:
+            later.x = result if later.x is node else later.x
 
 
-def folds_into_weight(weight_dtype: torch.dtype | None, block: Block) -> bool:
-    """Whether bat is one product with `W + ΔW`: as exact as two where W has room for small updates, and cheaper."""
-    return block.dropout == 0.0 and weight_dtype not in _HALF_PRECISION
+def _rewrite_call(scope: Scope | ModelScope, sites: list[Site]) -> fx.Node:
+    """Rewrite one call and return what stands for its output now.
+
+    A call of several sites, each with a part of its outputs, is taken apart and put together again:
+
+        y = linear(x, W)   ->   z = cat([y[..., :e] + s @ D_q, y[..., e:2e], y[..., 2e:] + s @ D_v], -1)
+    """
+    node, graph = sites[0].node, scope.graph
+    if sites[0].columns is None:
+        return _Rewrite(scope, sites[0], node, node.next).run()
+    after, parts, end = node.next, [], 0
+
+    def part(start: int, stop: int, site: Site) -> fx.Node:
+        with graph.inserting_before(after):
+            features: Any = (..., slice(start, stop))
+            return tag_node(graph.call_function(operator.getitem, (node, features)), site)
+
+    for site in sorted(sites, key=lambda site: site.columns or ()):
+        assert site.columns is not None
+        start, stop, features = site.columns
+        if start > end:
+            parts.append(part(end, start, site))
+        parts.append(_Rewrite(scope, site, part(start, stop, site), after).run())
+        end = stop
+    if end < features:
+        parts.append(part(end, features, site))
+    with graph.inserting_before(after):
+        return tag_node(graph.call_function(torch.cat, (parts, -1)), site)
+
+
+def tag_node(node: fx.Node, site: Site, adapter: str | None = None) -> fx.Node:
+    """Say on a node which pass made it for which site; `meta["custom"]` is what `torch.export` keeps, also on disk."""
+    tag = {"pass": "insert_updates", "site": site.owner or site.node.name, "adapter": adapter}
+    node.meta["misscompile"] = tag
+    node.meta["custom"] = {**node.meta.get("custom", {}), "misscompile": tag}
+    return node
+
+
+def folds_into_weight(site: Site, block: Block) -> bool:
+    """Whether bat is one product with `W + ΔW`: as exact as two where W has room for small updates, and cheaper.
+
+    A convolution, a part of a fused call and a module that is one node keep their own product.
+    """
+    plain = site.layout in ("out_in", "in_out") and site.columns is None and site.weight is not None
+    return plain and block.dropout == 0.0 and site.weight_dtype not in _HALF_PRECISION
 
 
 class _Rewrite:
     """One site being rewritten: the operands as they are in the graph, and the output so far."""
 
-    def __init__(self, scope: Scope, site: Site) -> None:
+    def __init__(self, scope: Scope | ModelScope, site: Site, y: fx.Node, after: fx.Node) -> None:
         self.scope, self.site, self.graph = scope, site, scope.graph
-        self.y = site.node
-        self.after = site.node.next
+        self.x, self.y = site.x, y
+        self.after = after
         self.base_weight: fx.Node | None = None
         self.training: fx.Node | None = None
 
     def run(self) -> fx.Node:
         """Rewrite the site and return the node that stands for its output now."""
-        users = list(self.site.node.users)
+        convolution, first = self.site.layout == "conv", self.site.blocks[0]
+        positions = len(self.site.strides)
+        if convolution:
+            strides = self.site.strides
+            self.x = self._splice(lambda x: variants.features_last(x, strides), (self.x,), first, self.after)
+            self.y = self._splice(lambda y: variants.features_last(y, (1,) * positions), (self.y,), first, self.after)
         effective: fx.Node | None = None
         for block in self.site.blocks:
-            if block.variant == "bat" and folds_into_weight(self.site.weight_dtype, block):
+            if block.variant == "bat" and folds_into_weight(self.site, block):
                 effective = self._grow_weight(effective, block)
             else:
                 self._add_to_output(block)
         if effective is not None:
             self._replace_weight(effective)
-        for user in users:
-            user.replace_input_with(self.site.node, self.y)
+        if convolution:
+            self.y = self._splice(lambda y: variants.features_first(y, positions), (self.y,), first, self.after)
         return self.y
 
     def _grow_weight(self, effective: fx.Node | None, block: Block) -> fx.Node:
@@ -99,24 +151,38 @@ class _Rewrite:
 
     def _dropped_input(self, block: Block) -> fx.Node:
         if not block.dropout:
-            return self.site.x
+            return self.x
         if self.training is None:
             with self.graph.inserting_before(self.site.node):
                 self.training = self._tag(self.graph.get_attr("training"), block)
         rule = lambda x, training: variants.drop_input(x, block.dropout, training)  # noqa: E731
-        return self._splice(rule, (self.site.x, self.training), block, self.after)
+        return self._splice(rule, (self.x, self.training), block, self.after)
 
     def _weight(self, block: Block) -> fx.Node:
         """The base weight as `(out, in)`."""
-        if self.site.weight is None:
+        if self.base_weight is None:
+            with self.graph.inserting_before(self.site.node):
+                self.base_weight = self._oriented_weight(block)
+        return self.base_weight
+
+    def _oriented_weight(self, block: Block) -> fx.Node:
+        site, weight = self.site, self.site.weight
+        if site.layout == "opaque":
+            assert isinstance(self.scope, Scope)
             raise UnsupportedModuleError(
                 f"{self.scope.base_class.__name__} cannot take a 'bat' block: {self.scope.opaque}, and bat needs the "
                 "weight itself. Use init_weights=True or 'mini', or exclude the module."
             )
-        if self.base_weight is None:
-            transposed = self.site.layout == "in_out"
-            self.base_weight = self._transpose(self.site.weight, block) if transposed else self.site.weight
-        return self.base_weight
+        if weight is None:
+            assert site.path is not None
+            weight = self._tag(self.graph.get_attr(site.path.parameter), block)
+        if site.layout == "in_out":
+            return self._transpose(weight, block)
+        if site.layout == "conv":
+            return self._tag(self.graph.call_method("flatten", (weight, 1)), block)
+        if site.columns is not None:
+            return self._tag(self.graph.call_function(operator.getitem, (weight, slice(*site.columns[:2]))), block)
+        return weight
 
     def _parameter(self, block: Block) -> fx.Node:
         with self.graph.inserting_before(self.site.node):
@@ -140,5 +206,4 @@ class _Rewrite:
         return result
 
     def _tag(self, node: fx.Node, block: Block) -> fx.Node:
-        node.meta["misscompile"] = {"pass": "insert_updates", "site": self.site.node.name, "adapter": block.adapter}
-        return node
+        return tag_node(node, self.site, block.adapter)

@@ -7,6 +7,8 @@ The blocks are read, never written, and each `ΔW` is computed from the base wei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -38,10 +40,19 @@ def fold_weight(owner: nn.Module, blocks: tuple[Block, ...], name: str, transpos
     merged = base.clone()
     for block, parameter in zip(blocks, parameters, strict=True):
         merged += variants.delta_weight(block.variant, parameter.to(wide), base)
-    rounded = (merged.t() if transposed else merged).to(stored.dtype)
+    return round_merged(merged.t() if transposed else merged, stored.dtype, name, [block.adapter for block in blocks])
+
+
+def round_merged(merged: Tensor, dtype: torch.dtype, name: str, adapters: Sequence[str]) -> Tensor:
+    """`merged` in `dtype`, rounded once.
+
+    Raises:
+        MergeError: a value is not finite in `dtype`; `name` and `adapters` are for the message.
+    """
+    rounded = merged.to(dtype)
     if not torch.isfinite(rounded).all():
         raise MergeError(
-            f"{name}: the merged weight is not finite in {stored.dtype} (adapters {[b.adapter for b in blocks]}): the "
-            "training diverged, or the values exceed the range of the dtype. Nothing was merged."
+            f"{name}: the merged weight is not finite in {dtype} (adapters {list(adapters)}): the training diverged, or the "
+            "values exceed the range of the dtype. Nothing was merged."
         )
     return rounded

@@ -34,10 +34,10 @@ def create_blocks(
         values: what to put into the blocks, by target name, instead of the start values of the config.
         copy: False lets a block be the given tensor itself where dtype and device allow it.
     """
-    by_weight: dict[int, nn.Parameter] = {}
+    by_weight: dict[object, nn.Parameter] = {}
     for target in plan.targets:
-        weight = _weight(target.owner)
-        key = id(target) if weight is None else id(weight)
+        weight = _weight(target.owner) if target.weight is None else target.weight
+        key = target.shared_by or (id(target) if weight is None else id(weight))
         if key not in by_weight:
             dtype, device = _dtype_and_device(weight, autocast_adapter_dtype)
             if values is None:

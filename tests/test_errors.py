@@ -161,10 +161,8 @@ def test_no_module(model: Any) -> None:
 
 def test_an_exported_program() -> None:
     program: Any = torch.export.export(nn.Sequential(nn.Linear(6, 4)), (torch.ones(2, 6),))
-    with pytest.raises(
-        ArgumentError, match=r"model: expected a torch\.nn\.Module, found ExportedProgram; take its \.module\(\)"
-    ):
-        mc.adapt(program, ALL)
+    with pytest.raises(ArgumentError, match=r"found ExportedProgram \(adapt and load_adapter make a module of it\)"):
+        mc.set_adapter(program, "default")
 
 
 @BASES

@@ -237,7 +237,7 @@ def test_bat_is_one_product_where_that_is_exact(
     b = block("bat", dropout=dropout)
     owner = make(kind, b, dtype=dtype)
     scope = rewritten(owner, b)
-    assert folds_into_weight(scope.weight_dtype, b) is one_product
+    assert folds_into_weight(scope.sites[0], b) is one_product
     products = sum(target in (F.linear, torch.addmm) for target in targets(scope))
     assert products == (1 if one_product else 2)
     site = scope.sites[0].node
