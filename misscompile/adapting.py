@@ -20,6 +20,7 @@ from misscompile.passes.register import create_blocks, create_copies, register_b
 from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, specialize
 from misscompile.plan import Plan
 from misscompile.planning import plan_adapter
+from misscompile.recovery import recover_adapters
 from misscompile.state import (
     STATE,
     OwnerState,
@@ -102,10 +103,13 @@ def open_model(model: object) -> nn.Module:
     Raises:
         ArgumentError: `model` is neither a module nor an exported program.
     """
-    if isinstance(model, torch.export.ExportedProgram):
-        return copy_graph(model)
-    root = unwrap_model(model)
-    return copy_graph(root) if isinstance(root, fx.GraphModule) else root
+    root = model if isinstance(model, torch.export.ExportedProgram) else unwrap_model(model)
+    if not isinstance(root, fx.GraphModule | torch.export.ExportedProgram):
+        return root
+    copied = copy_graph(root)
+    if not isinstance(root, WholeGraph):
+        recover_adapters(copied)
+    return copied
 
 
 def make_plan(root: nn.Module, config: MissConfig, adapter_name: str, per_call_site: bool = False) -> Plan:

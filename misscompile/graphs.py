@@ -120,8 +120,22 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
     root = WholeGraph(copied, copied.graph)
     root.training = module.training
     root.meta = dict(getattr(copied, "meta", {}))
-    root.meta[RECORD] = GraphRecord(copy_nodes(copied.graph), frozen_mode(copied.graph))
+    graph = copy_nodes(copied.graph)
+    root.meta[RECORD] = GraphRecord(graph, frozen_mode(graph), outputs=_output_names(graph))
     return root
+
+
+def _output_names(graph: fx.Graph) -> tuple[str, ...]:
+    """The output embedding of a transformers model, as far as an export tells it."""
+    stacks = [list((node.meta.get("nn_module_stack") or {}).values()) for node in graph.nodes]
+    roots = {str(kind) for stack in stacks if stack for path, kind in stack[:1] if not path}
+    if not any("transformers." in kind for kind in roots):
+        return ()
+    names = {path for stack in stacks for path, _ in stack}
+    return tuple(name for name in sorted(names) if name.rpartition(".")[2] in _OUTPUT_EMBEDDINGS)
+
+
+_OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection")
 
 
 def copy_nodes(graph: fx.Graph) -> fx.Graph:
@@ -191,14 +205,18 @@ def refresh_graphs(model: nn.Module) -> None:
         drop_empty_containers(root)
 
 
+def find_module(root: nn.Module, name: str) -> nn.Module | None:
+    """The module of this name, or None."""
+    module: nn.Module | None = root
+    for part in name.split(".") if name else ():
+        module = module._modules.get(part) if module is not None else None
+    return module
+
+
 def owner_state(root: nn.Module, name: str) -> OwnerState | None:
     """The record on the module of this name, or None where there is none of either."""
-    module: Any = root
-    for part in name.split(".") if name else ():
-        module = module._modules.get(part)
-        if module is None:
-            return None
-    state: OwnerState | None = vars(module).get(STATE)
+    module = find_module(root, name)
+    state: OwnerState | None = None if module is None else vars(module).get(STATE)
     return state
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
+from misscompile.adapting import open_model
 from misscompile.errors import ArgumentError, MergeError, MissWarning, StateError
 from misscompile.graph_merging import (
     fold_parameter,
@@ -19,10 +20,11 @@ from misscompile.graph_merging import (
     swap_unmerged,
     write_folds,
 )
-from misscompile.graphs import record_of, refresh_graphs, whole_graphs
+from misscompile.graphs import WholeGraph, record_of, refresh_graphs, whole_graphs
 from misscompile.passes.find import is_stored_transposed, weight_users
 from misscompile.passes.merge import fold_weight
 from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, trace_scope
+from misscompile.recovery import holds_exported_adapters
 from misscompile.state import (
     STATE,
     OwnerState,
@@ -44,17 +46,28 @@ Fold = Callable[[], Tensor]
 Group = list[tuple[str, nn.Module]]
 
 
-def merge(model: M, adapter_names: list[str] | None = None, keep_adapters: bool = False) -> M:
+@overload
+def merge(
+    model: torch.export.ExportedProgram, adapter_names: list[str] | None = None, keep_adapters: bool = False
+) -> WholeGraph: ...
+
+
+@overload
+def merge(model: M, adapter_names: list[str] | None = None, keep_adapters: bool = False) -> M: ...
+
+
+def merge(model: Any, adapter_names: list[str] | None = None, keep_adapters: bool = False) -> Any:
     """Fold adapters into the weights in place, summed in float32 or wider and rounded once to the dtype of the weight.
 
     Args:
-        model: an adapted model.
+        model: an adapted model; or an exported program, or its module, that was exported while adapted.
         adapter_names: the adapters to fold, which are then removed while all others stay. By default the active ones
             are folded, every adapter is removed, and the modules are plain again.
         keep_adapters: keep the blocks, and a copy of each base weight, so that `unmerge` brings every bit back.
 
     Returns:
-        `model`, the same object. A parametrized weight becomes a plain one.
+        `model`, the same object; of a foreign graph a new `GraphModule`. A parametrized weight becomes a plain one. The
+        weights of a graph are new parameters: the values that it shares with another model are not written.
 
     Raises:
         MergeError: a result is not finite, or a weight cannot be folded because its module's forward is opaque, it is
@@ -64,7 +77,8 @@ def merge(model: M, adapter_names: list[str] | None = None, keep_adapters: bool 
 
     If it is interrupted, each module is either merged and plain or still adapted: the model computes the same.
     """
-    root = unwrap_model(model)
+    exported = holds_exported_adapters(model)
+    root = open_model(model) if exported else unwrap_model(model)
     names = _names_to_merge(root, adapter_names)
     check_classes(owners(root))
     _check_copies_unshared(root, names)
@@ -97,7 +111,7 @@ def merge(model: M, adapter_names: list[str] | None = None, keep_adapters: bool 
             warnings.warn(f"merge removed the inactive adapters {left} without folding them.", MissWarning, stacklevel=2)
     else:
         refresh_graphs(root)
-    return model
+    return root if exported else model
 
 
 def unmerge(model: M) -> M:

@@ -56,7 +56,7 @@ def init_block(block: Tensor, random_start: bool) -> None:
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """dtype in which the shards of `x` are summed: float32, or float64 for float64 input."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def match_dtype(s: Tensor, block: Tensor, y: Tensor, terms: int) -> tuple[Tensor, Tensor]:
