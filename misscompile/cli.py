@@ -42,7 +42,7 @@ def bench(
         str, typer.Option(help="What to measure: all, or some of steps,memory,adapt,compile,decode,merge,growth,fusion.")
     ] = "all",
     device: Annotated[str, typer.Option(help="Any device of torch's: cpu, cuda, mps, …")] = "cpu",
-    rounds: Annotated[int, typer.Option(help="Rounds after the warm-up, in each of which every candidate runs once.")] = 12,
+    rounds: Annotated[int, typer.Option(help="Rounds after the warm-up, in each of which every candidate runs once.")] = 10,
     tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 1024,
     r: Annotated[int, typer.Option("--r", help="Rank; LoRA gets half of it, for as many parameters.")] = 64,
     mini_r: Annotated[int, typer.Option("--mini-r", help="Width of mini's block.")] = 8,
@@ -73,7 +73,7 @@ def bench(
         )
         report(settings, out, _console())
     except MissError as error:
-        typer.echo(f"misscompile bench: {error}", err=True)
+        typer.echo(f"misscompile bench: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
 
 

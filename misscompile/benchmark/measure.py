@@ -44,6 +44,8 @@ def take_turns(trials: Mapping[K, Trial], rounds: int, device: str, warmup: int 
     seconds: dict[K, list[float]] = {key: [] for key in trials}
     was_enabled = gc.isenabled()
     gc.disable()
+    gc.collect()
+    gc.freeze()  # what the libraries hold is not looked through again in every round
     try:
         for index in range(warmup + rounds):
             gc.collect()
@@ -56,6 +58,7 @@ def take_turns(trials: Mapping[K, Trial], rounds: int, device: str, warmup: int 
                 if index >= warmup:
                     seconds[key].append(time.perf_counter() - start)
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
     return seconds
@@ -72,25 +75,36 @@ def ratios(seconds: list[float], base: list[float]) -> dict[str, Any]:
     return spread([own / other for own, other in zip(seconds, base, strict=True)])
 
 
+def over(value: float | None, base: float | None) -> float | None:
+    """By what share `value` is more than `base`; None where either is not known."""
+    return value / base - 1 if value and base else None
+
+
 class TrainingStep:
-    """One forward and backward of `forward`, with the same output gradient each time.
+    """One forward and backward of `compute`, with the same output gradient each time.
 
     Args:
         model: whose gradients are cleared before each step.
-        forward: `model` itself or a compiled function of the same input.
+        compute: `model` itself or a compiled function of the same input.
         embedded: the input.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward, embedded: Tensor) -> None:
-        self._model, self._forward, self._embedded = model, forward, embedded
+    def __init__(self, model: nn.Module, compute: Forward, embedded: Tensor) -> None:
+        self.model, self._compute, self._embedded = model, compute, embedded
         self._cotangent: Tensor | None = None
 
     def prepare(self) -> None:
-        self._model.zero_grad(set_to_none=True)
+        """Clear the gradients, so that the step writes them and does not add to them."""
+        self.model.zero_grad(set_to_none=True)
+
+    def forward(self) -> Tensor:
+        """The output, with the graph that leads to it."""
+        return self._compute(self._embedded)
 
     def run(self) -> None:
-        output = self._forward(self._embedded)
-        if self._cotangent is None or self._cotangent.dtype != output.dtype:
+        """The forward and the backward."""
+        output = self.forward()
+        if self._cotangent is None:
             generator = torch.Generator().manual_seed(3)
             self._cotangent = torch.randn(output.shape, generator=generator).to(output)
         output.backward(self._cotangent)

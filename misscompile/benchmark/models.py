@@ -38,6 +38,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    },
     "tiny": {
         "hidden_size": 32,
         "intermediate_size": 64,

@@ -9,12 +9,19 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from misscompile.benchmark.sections import steps
+from misscompile.benchmark.sections import adapt, compiling, decode, fusion, growth, memory, merge, steps
 from misscompile.benchmark.settings import Settings
 from misscompile.benchmark.tables import Table
 
 SECTIONS: dict[str, Callable[[Settings], list[Table]]] = {
     "steps": steps.run,
+    "memory": memory.run,
+    "adapt": adapt.run,
+    "compile": compiling.run,
+    "decode": decode.run,
+    "merge": merge.run,
+    "growth": growth.run,
+    "fusion": fusion.run,
 }
 
 

@@ -57,7 +57,7 @@ class Settings:
     modes: tuple[str, ...] = MODES
     sections: tuple[str, ...] = SECTIONS
     device: str = "cpu"
-    rounds: int = 12
+    rounds: int = 10
     tokens: int = 1024
     r: int = 64
     mini_r: int = 8
@@ -79,6 +79,10 @@ class Settings:
             if value < least:
                 raise BenchmarkError(f"{option} {value}: expected {least} or more.")
         _check_device(self.device)
+
+    def with_rank(self, r: int) -> Settings:
+        """These settings with another rank."""
+        return dataclasses.replace(self, r=r)
 
     def preset(self, customary: str) -> str:
         """The model of a section whose customary shape is `customary`: that, unless the user named a model."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]
 MISSING = "–"
+TEXTS = ("dtype", "mode", "contestant", "variant", "model", "sum_kernels")
+"""Keys whose values are texts; they go to the left, numbers to the right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,10 @@ class Column:
     def cell(self, row: Row) -> str:
         value = row.get(self.key)
         return MISSING if value is None else self.write(value)
+
+    @property
+    def justify(self) -> Literal["left", "right"]:
+        return "left" if self.key in TEXTS else "right"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Table:
         """The table with its heading and note as GitHub's Markdown."""
         lines = [
             "| " + " | ".join(column.header for column in self.columns) + " |",
-            "|" + "|".join("---" if index == 0 else "---:" for index, _ in enumerate(self.columns)) + "|",
+            "|" + "|".join("---" if column.justify == "left" else "---:" for column in self.columns) + "|",
             *("| " + " | ".join(column.cell(row) for column in self.columns) + " |" for row in self.rows),
         ]
         return f"### {self.title}\n\n{self.note}\n\n" + "\n".join(lines) + "\n"
@@ -65,6 +71,14 @@ def milliseconds(value: float) -> str:
 
 def spread_milliseconds(value: Row) -> str:
     return f"{milliseconds(value['median'])} ({milliseconds(value['q1'])}–{milliseconds(value['q3'])})"
+
+
+def spread_seconds(value: Row) -> str:
+    return f"{value['median']:.1f} ({value['q1']:.1f}–{value['q3']:.1f})"
+
+
+def spread_percent(value: Row) -> str:
+    return f"{value['median']:.0%} ({value['q1']:.0%}–{value['q3']:.0%})"
 
 
 def mebibytes(value: float) -> str:

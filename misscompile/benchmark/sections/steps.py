@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from misscompile.benchmark.compilation import compile_apart
+from misscompile.benchmark.compilation import CompiledForward
 from misscompile.benchmark.contestants import BASE, Contestant, Field, entries, line_up
 from misscompile.benchmark.floor import added_flops, count_step
-from misscompile.benchmark.measure import TrainingStep, Trial, ratios, spread, take_turns
+from misscompile.benchmark.measure import TrainingStep, over, ratios, spread, take_turns
+from misscompile.benchmark.memory import peak_bytes, saved_bytes
 from misscompile.benchmark.settings import YARDSTICK, Settings
-from misscompile.benchmark.tables import Column, Row, Table, ratio, spread_milliseconds, spread_ratio
+from misscompile.benchmark.tables import Column, Row, Table, percent, ratio, spread_milliseconds, spread_ratio
 
 
 def run(settings: Settings) -> list[Table]:
@@ -16,10 +17,14 @@ def run(settings: Settings) -> list[Table]:
     for dtype in settings.dtypes:
         field = line_up(entries(settings), settings, settings.preset(YARDSTICK), dtype, settings.tokens)
         floors = step_floors(field, settings)
-        seconds = take_turns(_trials(field, settings), settings.rounds, settings.device)
-        for (mode, contestant), own in seconds.items():
-            against = ratios(own, seconds[mode, BASE])
-            floor = floors[contestant]
+        steps = _steps(field, settings)
+        seconds = take_turns({key: step.trial() for key, step in steps.items()}, settings.rounds, settings.device)
+        kept = {key: saved_bytes(step) for key, step in steps.items()}
+        peaks = {key: peak_bytes(step, settings.device) for key, step in steps.items()}
+        for key in steps:
+            mode, contestant = key
+            base = mode, BASE
+            against = ratios(seconds[key], seconds[base])
             rows.append(
                 {
                     "dtype": dtype,
@@ -27,16 +32,22 @@ def run(settings: Settings) -> list[Table]:
                     "contestant": contestant.label,
                     "library": contestant.library,
                     "method": contestant.method,
-                    "floor": floor,
-                    "seconds": spread(own),
+                    "floor": floors[contestant],
+                    "seconds": spread(seconds[key]),
                     "ratio": against,
-                    "over_floor": against["median"] / floor,
+                    "over_floor": against["median"] / floors[contestant],
+                    "saved": kept[key],
+                    "saved_over_base": over(kept[key], kept[base]),
+                    "peak": peaks[key],
+                    "peak_over_base": over(peaks[key], peaks[base]),
                 }
             )
     layers = field.base.config.num_hidden_layers
     note = (
-        f"`{settings.preset(YARDSTICK)}`, layers: {layers}, {settings.tokens} tokens, r {settings.r}, mini_r {settings.mini_r}. "
-        "Ratio: a step over the frozen base's step of the same round, median (quartiles). Floor: the same ratio in FLOPs."
+        f"`{settings.preset(YARDSTICK)}`, layers: {layers}, {settings.tokens} tokens, r {settings.r}, "
+        f"mini_r {settings.mini_r}. Ratio: a step over the frozen base's step of the same round, median "
+        "(quartiles). Floor: the same ratio in FLOPs. Saved: bytes kept for the backward, and peak: "
+        "the most memory of a step, over the base's."
     )
     columns = (
         Column("dtype", "base"),
@@ -46,6 +57,8 @@ def run(settings: Settings) -> list[Table]:
         Column("ratio", "ratio to the base", spread_ratio),
         Column("over_floor", "ratio ÷ floor", ratio),
         Column("seconds", "ms a step", spread_milliseconds),
+        Column("saved_over_base", "saved", percent),
+        Column("peak_over_base", "peak", percent),
     )
     return [Table("steps", "Training step", note, columns, rows)]
 
@@ -67,10 +80,10 @@ def step_floors(field: Field, settings: Settings) -> dict[Contestant, float]:
     return floors
 
 
-def _trials(field: Field, settings: Settings) -> dict[tuple[str, Contestant], Trial]:
-    trials = {}
+def _steps(field: Field, settings: Settings) -> dict[tuple[str, Contestant], TrainingStep]:
+    steps = {}
     for mode in settings.modes:
         for contestant, probe in field.probes.items():
-            forward = compile_apart(probe) if mode == "compiled" else probe
-            trials[mode, contestant] = TrainingStep(probe, forward, field.embedded).trial()
-    return trials
+            forward = CompiledForward(probe) if mode == "compiled" else probe
+            steps[mode, contestant] = TrainingStep(probe, forward, field.embedded)
+    return steps
