@@ -35,7 +35,7 @@ def synchronize(device: str) -> None:
         backend.synchronize()
 
 
-def take_turns(trials: Mapping[K, Trial], rounds: int, device: str, warmup: int = 2) -> dict[K, list[float]]:
+def take_turns(trials: Mapping[K, Trial], rounds: int, device: str, warmup: int = 1) -> dict[K, list[float]]:
     """Seconds of every trial in every round, after `warmup` rounds that do not count.
 
     The trials take turns within a round, so that a slow moment of the machine hits all of them; the garbage collector
@@ -107,7 +107,7 @@ class TrainingStep:
         if self._cotangent is None:
             generator = torch.Generator().manual_seed(3)
             self._cotangent = torch.randn(output.shape, generator=generator).to(output)
-        output.backward(self._cotangent)
+        torch.autograd.backward(output, self._cotangent)
 
     def trial(self) -> Trial:
         return Trial(self.run, self.prepare)

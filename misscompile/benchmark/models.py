@@ -69,22 +69,24 @@ def build_model(name: str, dtype: torch.dtype, device: str = "cpu", **overrides:
         BenchmarkError: no preset, folder or Hub id has this name.
     """
     torch.manual_seed(0)
+    loader: Any = AutoModelForCausalLM  # its class methods carry no types
     model: PreTrainedModel
     if name in PRESETS:
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(LlamaConfig(**{**PRESETS[name], **overrides}), dtype=dtype)
+            model = loader.from_config(LlamaConfig(**{**PRESETS[name], **overrides}), dtype=dtype)
     else:
         try:
             AutoConfig.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            model = loader.from_pretrained(name, dtype=dtype)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise BenchmarkError(
                 f"--model {name!r} is neither a preset ({', '.join(PRESETS)}) nor a model that can be loaded: {reason}"
             ) from error
-        model.to(device)
+        model.to(torch.device(device))  # type: ignore[arg-type]  # a decorator loses the signature
     model.requires_grad_(False)
-    return model.train()
+    model.train()
+    return model
 
 
 class Probe(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import misscompile
 from misscompile.benchmark.contestants import Contestant, enter, entries, fill_blocks
@@ -86,6 +86,6 @@ def run(settings: Settings) -> list[Table]:
 
 
 def _adapted_weights(settings: Settings, dtype: str) -> list[Tensor]:
-    model: nn.Module = build_model(settings.preset(PRESET), dtype_named(dtype), settings.device)
+    model = build_model(settings.preset(PRESET), dtype_named(dtype), settings.device)
     enter(model, Contestant("misscompile", settings.variants[0]), settings)
     return [owner.get_parameter("weight").detach() for owner in owners(model).values()]
