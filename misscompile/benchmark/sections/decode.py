@@ -1,0 +1,86 @@
+"""Greedy decoding with a key-value cache, batch 1, eager: milliseconds a token."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import misscompile
+from misscompile.benchmark.contestants import BASE, enter, entries, fill_blocks
+from misscompile.benchmark.measure import Trial, ratios, spread, take_turns
+from misscompile.benchmark.models import build_model
+from misscompile.benchmark.settings import Settings, dtype_named
+from misscompile.benchmark.tables import Column, Row, Table, spread_milliseconds, spread_ratio
+
+PRESET = "smollm2-135m"
+PROMPT, DECODED = 16, 4
+
+
+class Decoding:
+    """Decodes `DECODED` tokens after a prompt whose keys and values are there already.
+
+    Args:
+        model: a causal language model, adapted or not.
+        prompt: token ids `(1, PROMPT)`.
+    """
+
+    def __init__(self, model: nn.Module, prompt: Tensor) -> None:
+        self._model, self._cache = model.eval(), DynamicCache()
+        self._first = self._next = self._predict(prompt)
+
+    def prepare(self) -> None:
+        """Forget what was decoded, and keep the keys and values of the prompt."""
+        surplus = self._cache.get_seq_length() - PROMPT
+        if surplus:
+            self._cache.crop(-surplus)
+        self._next = self._first
+
+    def run(self) -> None:
+        for _ in range(DECODED):
+            self._next = self._predict(self._next)
+
+    @torch.no_grad()
+    def _predict(self, tokens: Tensor) -> Tensor:
+        output = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True)
+        best: Tensor = output.logits[:, -1:].argmax(-1)
+        return best
+
+
+def run(settings: Settings) -> list[Table]:
+    """One table: a row for each contestant, and for bat with its effective weight kept; in the first dtype."""
+    dtype = settings.dtypes[0]
+    base = build_model(settings.preset(PRESET), dtype_named(dtype), settings.device)
+    generator = torch.Generator().manual_seed(4)
+    prompt = torch.randint(0, base.config.vocab_size, (1, PROMPT), generator=generator).to(settings.device)
+    trials: dict[str, Trial] = {}
+    for contestant in entries(settings):
+        model = enter(copy.deepcopy(base), contestant, settings)
+        fill_blocks(model)
+        models = {contestant.label: model}
+        if contestant.library == "misscompile" and contestant.method == "bat":
+            models[f"{contestant.label}, cached weight"] = misscompile.merge(copy.deepcopy(model), keep_adapters=True)
+        for label, entered in models.items():
+            decoding = Decoding(entered, prompt)
+            trials[label] = Trial(decoding.run, decoding.prepare)
+    seconds = take_turns(trials, settings.rounds, settings.device)
+    rows: list[Row] = [
+        {
+            "contestant": label,
+            "seconds_a_token": spread([value / DECODED for value in own]),
+            "ratio": ratios(own, seconds[BASE.label]),
+        }
+        for label, own in seconds.items()
+    ]
+    note = (
+        f"`{settings.preset(PRESET)}`, {dtype}, batch 1, eager, r {settings.r}, mini_r {settings.mini_r}: {DECODED} tokens "
+        f"after a prompt of {PROMPT}. Cached weight: `misscompile.merge(model, keep_adapters=True)`."
+    )
+    columns = (
+        Column("contestant", "contestant"),
+        Column("ratio", "ratio to the base", spread_ratio),
+        Column("seconds_a_token", "ms a token", spread_milliseconds),
+    )
+    return [Table("decode", "Decoding", note, columns, rows)]

@@ -1,0 +1,173 @@
+"""Each section on a tiny model: the rows it should have, with values that can be so. No time is judged."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from misscompile.benchmark.contestants import entries
+from misscompile.benchmark.runner import SECTIONS, run_sections
+from misscompile.benchmark.sections import fusion, growth
+from misscompile.benchmark.settings import SECTIONS as NAMES
+from misscompile.benchmark.settings import Settings
+from misscompile.benchmark.tables import Row, Table
+
+LABELS = [contestant.label for contestant in entries(Settings())]
+ADAPTED = LABELS[1:]
+
+
+def run(section: str, **fields: Any) -> dict[str, Table]:
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "dtypes": ("float32",),
+        "tokens": 16,
+        "r": 4,
+        "mini_r": 8,
+        "rounds": 2,
+        "threads": 1,
+    }
+    ((name, tables, seconds),) = run_sections(Settings(**options | fields, sections=(section,)))
+    assert name == section
+    assert seconds > 0
+    for table in tables:
+        json.dumps(table.rows)
+        assert all(table.markdown().count(f"| {column.header} |") for column in table.columns)
+    return {table.key: table for table in tables}
+
+
+def check_spread(value: Row, rounds: int = 2) -> None:
+    assert len(value["values"]) == rounds
+    assert 0 < value["q1"] <= value["median"] <= value["q3"]
+
+
+def test_every_section_that_can_be_asked_for_is_there() -> None:
+    assert tuple(SECTIONS) == NAMES
+
+
+def test_steps() -> None:
+    table = run("steps", modes=("eager",), dtypes=("bfloat16", "float32"))["steps"]
+    assert [(row["dtype"], row["contestant"]) for row in table.rows] == [
+        (dtype, label) for dtype in ("bfloat16", "float32") for label in LABELS
+    ]
+    for row in table.rows:
+        check_spread(row["ratio"])
+        check_spread(row["seconds"])
+        assert row["over_floor"] == row["ratio"]["median"] / row["floor"]
+        if row["contestant"] == "base":
+            assert row["ratio"]["values"] == [1.0, 1.0]
+            assert row["floor"] == 1.0
+        else:
+            assert row["floor"] > 1.0
+            assert row["saved_over_base"] > 0
+        assert row["peak"] > row["saved"] > 0
+
+
+def test_memory_counts_balance_with_dropout_too_and_compiled_keeps_no_more() -> None:
+    rows = run("memory", variants=("balance",), against=())["memory"].rows
+    labels = ["base", "misscompile balance", "misscompile balance dropout 0.1"]
+    assert [(row["mode"], row["contestant"]) for row in rows] == [
+        (m, label) for m in ("eager", "compiled") for label in labels
+    ]
+    saved = {(row["mode"], row["contestant"]): row["saved"] for row in rows}
+    for label in labels:
+        assert 0 < saved["compiled", label] <= saved["eager", label]
+    assert all(row["saved_over_base"] > 0 for row in rows if row["contestant"] != "base")
+
+
+def test_adapt_counts_the_linears_and_compares_like_with_like() -> None:
+    rows = run("adapt")["adapt"].rows
+    assert [row["contestant"] for row in rows] == ADAPTED
+    for row in rows:
+        check_spread(row["seconds"])
+        assert row["first"] > 0
+        ours = row["contestant"].startswith("misscompile")
+        assert row["sites"] == (14 if ours else None)
+        assert (row["times_faster"] is not None) == ours
+
+
+def test_compile_counts_guards_graphs_and_recompiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("misscompile.benchmark.sections.compiling._times", lambda settings: calls.append(settings))
+    counts = SECTIONS["compile"](Settings(model="tiny", variants=("balance",), against=("peft",), r=4))[0]
+    base, ours, peft = counts.rows
+    assert len(calls) == 1
+    assert base["guards"] > 0 == base["guards_over_base"]
+    assert 0 < ours["guards_over_base"] < peft["guards_over_base"]
+    for row in counts.rows:
+        assert (row["graphs"], row["breaks"], row["recompiles"]) == (1, 0, 0)
+    assert "recompiles_off" not in base
+    assert (ours["recompiles_off"], ours["recompiles_on"]) == (1, 0)
+
+
+def test_decode_has_bat_with_its_weight_cached_as_well() -> None:
+    rows = run("decode", variants=("bat",))["decode"].rows
+    labels = ["base", "misscompile bat", "misscompile bat, cached weight", "peft bat", "peft lora"]
+    assert [row["contestant"] for row in rows] == labels
+    for row in rows:
+        check_spread(row["ratio"])
+        check_spread(row["seconds_a_token"])
+
+
+def test_merge_is_measured_against_a_copy_of_the_same_bytes() -> None:
+    rows = run("merge")["merge"].rows
+    assert [row["contestant"] for row in rows] == ["copy", *ADAPTED]
+    sites = 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    for row in rows:
+        assert row["bytes"] == 4 * sites
+        check_spread(row["bandwidth_of_copy"])
+        assert row["gigabytes_a_second"] == pytest.approx(4 * sites / row["seconds"]["median"] / 1e9)
+
+
+def test_growth_has_a_row_for_each_size_and_the_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "LAYERS", (1, 3))
+    monkeypatch.setattr(growth, "RANKS", (2, 8))
+    monkeypatch.setattr(growth, "ROUNDS", 2)
+    tables = run("growth")
+    assert [row["layers"] for row in tables["growth_layers"].rows] == [1, 3]
+    assert [row["r"] for row in tables["growth_rank"].rows] == [2, 8]
+    for row in [*tables["growth_layers"].rows, *tables["growth_rank"].rows]:
+        check_spread(row["ratio"], 2 * growth.ROUNDS)
+        for verb in ("adapt", "save", "load", "merge"):
+            check_spread(row[verb], growth.ROUNDS)
+            assert row[f"{verb}_a_layer"] == row[verb]["median"] / row["layers"]
+    (large,) = tables["growth_large"].rows
+    assert large["sites"] == 80 * 7 < large["lines"]
+    assert 70e9 < large["parameters"] < 71e9
+
+
+FUSED = """
+cpp_fused_add_mean_mul_pow_rsqrt_sum_view_0 = async_compile.cpp_pybinding(['float*'], r'''
+cpp_fused__to_copy_1 = async_compile.cpp_pybinding(['float*'], r'''
+"""
+ALONE = FUSED.replace("rsqrt_sum_view", "rsqrt").replace("__to_copy_1", "_sum_view_1")
+TWICE = FUSED + "triton_per_fused_sum_2 = async_compile.triton('triton_per_fused_sum_2', '''\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "sums", "fused"),
+    [
+        (FUSED, ["cpp_fused_add_mean_mul_pow_rsqrt_sum_view_0"], True),
+        (ALONE, ["cpp_fused_sum_view_1"], False),
+        (TWICE, ["cpp_fused_add_mean_mul_pow_rsqrt_sum_view_0", "triton_per_fused_sum_2"], False),
+        (FUSED.replace("_sum", ""), [], None),
+    ],
+)
+def test_fusion_reads_the_kernels_of_generated_code(code: str, sums: list[str], fused: bool | None) -> None:
+    found = fusion.describe_kernels(code)
+    assert found["sum_kernels"] == sums
+    assert found["fused"] is fused
+
+
+def test_fusion_finds_the_shard_sum_in_what_inductor_generates() -> None:
+    (row,) = run("fusion", variants=("balance",), tokens=32, r=64)["fusion"].rows
+    assert len(row["sum_kernels"]) == 1  # for q and k together
+    assert set(row["sum_kernels"]) <= set(row["kernels"])
+    assert row["fused"] in (True, False)
+
+
+def test_who_runs_is_what_was_asked_for() -> None:
+    assert [c.label for c in entries(Settings(variants=("mini",), against=()))] == ["base", "misscompile mini"]
+    lora = Settings(variants=("mini", "bat"), against=("lora",))
+    assert [c.label for c in entries(lora)] == ["base", "misscompile mini", "misscompile bat", "peft lora"]
