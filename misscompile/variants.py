@@ -138,14 +138,15 @@ def delta_weight(variant: Variant, block: Tensor, weight: Tensor) -> Tensor:
 def shard_rows(block: Tensor, out_features: int) -> Tensor:
     """`(out, r)`: what balance and mini repeat along each row of `W`; `block` is `(r, out)` or `(r, m)`."""
     rows = block.t().contiguous()  # before the repeat, which knows no fast transposition
-    return rows.repeat(out_features // block.shape[1], 1)
+    groups = out_features // block.shape[1]
+    return rows if groups == 1 else rows.repeat(groups, 1)
 
 
 def add_shard_rows_(weight: Tensor, rows: Tensor) -> Tensor:
     """Add `rows (k, r)` in place to every shard of `weight (k, in)` and return it; the update is never tiled."""
     r = rows.shape[1]
     n, rest = divmod(weight.shape[1], r)
-    weight[:, : n * r].unflatten(-1, (n, r)).add_(rows.unsqueeze(1))
+    torch.unflatten(weight[:, : n * r], -1, (n, r)).add_(rows.unsqueeze(1))
     if rest:
         weight[:, n * r :].add_(rows[:, :rest])
     return weight
