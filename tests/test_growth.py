@@ -153,7 +153,6 @@ def test_guards_of_a_compiled_model_over_its_base(init_weights: Any) -> None:
     mc.adapt(model, mc.MissConfig(r=4, mini_r=2, init_weights=init_weights, target_modules="all-linear"))
     compiled, guards = _compile(fill_blocks(model))
     _step(compiled)
-    print("guards", init_weights, base_guards, guards)
     assert len(base_guards) == len(guards) == 1
     assert base_guards[0] > 100
     assert guards[0] <= 1.15 * base_guards[0]
