@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
 import torch
@@ -18,19 +19,22 @@ from misscompile.graphs import WholeGraph, copy_graph, record_of, refresh_graphs
 from misscompile.passes.install import find_foreign_forward
 from misscompile.passes.register import create_blocks, create_copies, register_blocks
 from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, specialize
-from misscompile.plan import Plan
+from misscompile.plan import Plan, Scope
 from misscompile.planning import plan_adapter
 from misscompile.recovery import recover_adapters
 from misscompile.state import (
     STATE,
     OwnerState,
     adapters_of,
+    base_tensor,
     check_enabled,
+    named_modules,
     owner_states,
     owners,
     require_adapter,
     swap_base_values,
     transaction,
+    unique_parameters,
     unwrap_model,
 )
 
@@ -128,18 +132,22 @@ def install_plan(root: nn.Module, plan: Plan) -> None:
     whole_graph = isinstance(root, WholeGraph)
     fresh = [owner for owner in (*(t.owner for t in plan.targets), *plan.copies) if STATE not in vars(owner)]
     foreign = {} if whole_graph else {owner: find_foreign_forward(owner) for owner in fresh}
-    if not whole_graph:
-        for target in plan.targets:  # build every class before the first change: a rewrite that fails changes nothing
-            specialize(target.owner, (target.in_features, target.out_features), (target.block,), ())
-    with transaction(root, [*(target.owner for target in plan.targets), *plan.copies]):
+    distinct = {(target.scope, target.block): target for target in plan.targets if target.scope is not None}
+    for target in distinct.values():  # build every class before the first change: a rewrite that fails changes nothing
+        specialize(target.owner, (target.in_features, target.out_features), (target.block,), (), target.scope)
+    modules = named_modules(root)
+    with transaction(modules.values(), [*(target.owner for target in plan.targets), *plan.copies]):
         register_blocks(plan)
         for owner in fresh:
             vars(owner)[STATE].in_graph = whole_graph
         for owner, forward in foreign.items():
             vars(owner)[STATE].foreign_forward = forward
-        for parameter in root.parameters():
+        for parameter in unique_parameters(modules.values()):
             parameter.requires_grad = False  # the method of this name refuses uninitialised parameters
-        _activate(root, (plan.adapter.name,))
+        adapted = {name: module for name, module in modules.items() if STATE in vars(module)}
+        scopes = {target.owner: target.scope for target in plan.targets if target.scope is not None}
+        _activate(adapted, (plan.adapter.name,), scopes)
+        refresh_graphs(root)
         for note in plan.notes:  # a filter may turn the warning into an error
             warnings.warn(note, MissWarning, stacklevel=3)
 
@@ -176,8 +184,9 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
         require_adapter(root, name)
     _check_unmerged(root, "set_adapter")
     _check_copies_apart(root, names)
-    with transaction(root, ()):
-        _activate(root, tuple(dict.fromkeys(names)))
+    with transaction(named_modules(root).values()):
+        _activate(owners(root), tuple(dict.fromkeys(names)))
+        refresh_graphs(root)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -190,7 +199,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     root = unwrap_model(model)
     require_adapter(root, adapter_name)
     _check_unmerged(root, "delete_adapter")
-    with transaction(root, ()):
+    with transaction(named_modules(root).values()):
         for name, owner in owners(root).items():
             remove_from_owner(owner, [adapter_name], name)
         refresh_graphs(root)
@@ -246,7 +255,7 @@ def unload(model: M) -> M:
     adapted = _adapted_owners(model)
     check_enabled(root, "unload")
     check_classes(adapted)
-    with transaction(root, ()):
+    with transaction(named_modules(root).values()):
         for owner in adapted.values():
             swap_base_values(owner)
         for graph in whole_graphs(root):
@@ -258,18 +267,22 @@ def unload(model: M) -> M:
     return model
 
 
-def _activate(root: nn.Module, names: tuple[str, ...]) -> None:
-    """Make exactly these adapters act, in this order, and their blocks train (unless loaded for inference)."""
-    for name, owner in owners(root).items():
+def _activate(
+    adapted: Mapping[str, nn.Module], names: tuple[str, ...], scopes: Mapping[nn.Module, Scope] = MappingProxyType({})
+) -> None:
+    """Make exactly these adapters act, in this order, and their blocks train (unless loaded for inference).
+
+    `scopes` gives the traced scopes that the caller has.
+    """
+    for name, owner in adapted.items():
         state: OwnerState = vars(owner)[STATE]
-        state.active = tuple(n for n in names if n in state.adapters)
+        state.active = tuple([n for n in names if n in state.adapters])
         for adapter in state.adapters.values():
             trains = adapter.name in state.active and adapter.trainable
             for registered in state.registered(adapter.name):
-                tensor = getattr(owner, registered)
-                tensor.requires_grad_(trains and isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
-        refresh_owner(owner, name)
-    refresh_graphs(root)
+                tensor = base_tensor(owner, registered)
+                tensor.requires_grad_(trains and registered in owner._parameters and tensor.is_floating_point())
+        refresh_owner(owner, name, scopes.get(owner))
 
 
 def _check_copies_apart(root: nn.Module, names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from misscompile.errors import MergeError
 from misscompile.graphs import Kept, WholeGraph, call_names, call_owner, copy_nodes, find_graph_sites, owner_state, record_of
 from misscompile.passes.find_calls import find_calls
 from misscompile.passes.match import apply_steps, passes_weight
-from misscompile.passes.merge import round_merged
+from misscompile.passes.merge import check_finite
 from misscompile.plan import Block, ModelScope, Site, WeightPath
 
 
@@ -91,7 +91,9 @@ def fold_parameter(root: WholeGraph, fold: GraphFold) -> Tensor:
         target, weight = apply_steps(merged, part.path.steps), apply_steps(base, part.path.steps)
         target += variants.delta_weight(block.variant, parameter.detach().to(wide), weight)
     adapters = dict.fromkeys(block.adapter for _, block, _ in blocks)
-    return round_merged(merged, stored.dtype, fold.parameter, list(adapters))
+    rounded = merged.to(stored.dtype)
+    check_finite(rounded, fold.parameter, list(adapters))
+    return rounded
 
 
 def write_folds(root: WholeGraph, folds: Sequence[GraphFold], values: Sequence[Tensor]) -> None:

@@ -44,7 +44,7 @@ def plan_graph_adapter(root: WholeGraph, config: MissConfig, adapter_name: str, 
         ConfigError, NoMatchError, UnsupportedModuleError, StateError, ArgumentError: see `misscompile.adapt`.
     """
     check_adapter_name(root, adapter_name)
-    config = with_task_heads(root, config)
+    config = with_task_heads(config, named_modules(root))
     scope = find_graph_sites(root)
     calls = call_names(scope)
     _check_names(scope, calls)
@@ -88,7 +88,7 @@ def _targets(root: WholeGraph, name: str, calls: list[Site], block: Block, per_c
         weight = root.get_parameter(site.path.parameter)
         shared = (id(weight), site.path.steps, owner if own else "")
         sizes = site.in_features, site.out_features
-        targets.append(Target(owner, require_container(root, owner), *sizes, block, weight, shared))
+        targets.append(Target(owner, require_container(root, owner), *sizes, block, weight=weight, shared_by=shared))
     return targets
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, TypeVar, overload
 
 import torch
@@ -22,8 +26,9 @@ from misscompile.graph_merging import (
 )
 from misscompile.graphs import WholeGraph, record_of, refresh_graphs, whole_graphs
 from misscompile.passes.find import is_stored_transposed, weight_users
-from misscompile.passes.merge import fold_weight
+from misscompile.passes.merge import fold_in_place, fold_weight, is_surely_finite
 from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, trace_scope
+from misscompile.plan import Block
 from misscompile.recovery import holds_exported_adapters
 from misscompile.state import (
     STATE,
@@ -42,8 +47,16 @@ from misscompile.state import (
 )
 
 M = TypeVar("M", bound=nn.Module)
-Fold = Callable[[], Tensor]
 Group = list[tuple[str, nn.Module]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """What is folded into one weight: the owners that share it, and the blocks of the first, which are those of all."""
+
+    group: Group
+    blocks: tuple[Block, ...]
+    transposed: bool
 
 
 @overload
@@ -82,14 +95,16 @@ def merge(model: Any, adapter_names: list[str] | None = None, keep_adapters: boo
     names = _names_to_merge(root, adapter_names)
     check_classes(owners(root))
     _check_copies_unshared(root, names)
-    groups = _weight_groups(root, names)
-    folds = [_plan_fold(group, names, keep_adapters) for group in groups]
+    folds = [_plan_fold(group, names, keep_adapters) for group in _weight_groups(root, names)]
     graphs = {graph: plan_graph_folds(graph, names) for graph in whole_graphs(root)}
     merged = {graph: [fold_parameter(graph, fold) for fold in graph_folds] for graph, graph_folds in graphs.items()}
-    for fold in folds:  # every result is computed and checked before the first weight changes
-        fold()
-    for group, fold in zip(groups, folds, strict=True):
-        _commit(group, fold(), names, keep_adapters)
+    for fold in folds:  # every result is known to be finite before the first weight changes
+        name, owner = fold.group[0]
+        if not is_surely_finite(owner, fold.blocks):
+            fold_weight(owner, fold.blocks, name, fold.transposed)
+    for fold in folds:
+        with deferred_interrupt():
+            _commit(fold, names, keep_adapters)
     for graph, graph_folds in graphs.items():
         record_of(graph).kept = keep_unmerged(graph) if keep_adapters else None
         write_folds(graph, graph_folds, merged[graph])
@@ -240,17 +255,25 @@ def _plan_fold(group: Group, names: tuple[str, ...], keep_adapters: bool) -> Fol
             f"{name}: the 'bat' adapter {stays[0].adapter!r} that would stay active is a function of the base weight, "
             "which merging changes. Merge it too, or deactivate it first."
         )
-    return lambda: fold_weight(owner, blocks, name, transposed=is_stored_transposed(scope))
+    return Fold(group, blocks, is_stored_transposed(scope))
 
 
-def _commit(group: Group, merged: Tensor, names: tuple[str, ...], keep_adapters: bool) -> None:
-    first = group[0][1]
-    if keep_adapters:
+def _commit(fold: Fold, names: tuple[str, ...], keep_adapters: bool) -> None:
+    first_name, first = fold.group[0]
+    parameters = [(block, first.get_parameter(block.parameter)) for block in fold.blocks]
+    merged = None
+    if parametrize.is_parametrized(first, "weight"):
+        merged = fold_weight(first, fold.blocks, first_name, fold.transposed)
+    elif keep_adapters:
         vars(first)[STATE].base_values["weight"] = first.get_parameter("weight").detach().clone()
-    for name, owner in group:
+    for _, owner in fold.group:
         _write_copies(owner, names, keep_adapters)
+    if merged is None:
+        fold_in_place(first.get_parameter("weight"), parameters, fold.transposed)
+    for name, owner in fold.group:
         _finish(owner, names, name, keep_adapters)
-    _write_weight(first, merged)
+    if merged is not None:
+        _replace_weight(first, merged)
     if keep_adapters:
         vars(first)[STATE].merged_versions["weight"] = tensor_version(first.get_parameter("weight"))
 
@@ -282,16 +305,35 @@ def _write_copies(owner: nn.Module, names: tuple[str, ...], keep_adapters: bool)
 
 
 @torch.no_grad()
-def _write_weight(owner: nn.Module, merged: Tensor) -> None:
-    if parametrize.is_parametrized(owner, "weight"):
-        shared = type(owner)  # with every deepcopy of the owner, and the removal edits the class
-        members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
-        owner.__class__ = type(shared.__name__, shared.__bases__, members)
-        parametrize.remove_parametrizations(owner, "weight", leave_parametrized=True)
-        owner.weight = nn.Parameter(merged, requires_grad=False)  # a frozen one would be left as a plain tensor
-    else:
-        owner.get_parameter("weight").copy_(merged)
+def _replace_weight(owner: nn.Module, merged: Tensor) -> None:
+    """Let a parametrized weight become a plain one."""
+    shared = type(owner)  # with every deepcopy of the owner, and the removal edits the class
+    members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+    owner.__class__ = type(shared.__name__, shared.__bases__, members)
+    parametrize.remove_parametrizations(owner, "weight", leave_parametrized=True)
+    owner.weight = nn.Parameter(merged, requires_grad=False)  # a frozen one would be left as a plain tensor
 
 
 def _is_current(kept: tuple[int, int], now: tuple[int, int]) -> bool:
     return kept[0] != now[0] or kept == now  # another tensor (a copied or loaded model) has counts of its own
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Let Ctrl-C wait until the body is done: a weight that was half merged would belong to no adapter.
+
+    Python raises `KeyboardInterrupt` in the main thread only. Its handler is set aside rather than the signal masked,
+    since a thread of torch's pool would still receive it.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    received: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(*received[0])

@@ -71,15 +71,27 @@ def trace_scope(owner: nn.Module, shape: tuple[int, int]) -> Scope:
             make_opaque(scope, owner, foreign, "its forward does not call its own weight as a linear")
             find_sites(scope)
         scope.base_code = readable_code(scope.graph.python_code(root_module="self").src)
+        scope.shared = key is not None
         if key is not None:
             _traced[key] = scope
     return scope
 
 
 def specialize(
-    owner: nn.Module, shape: tuple[int, int] | None, blocks: tuple[Block, ...], copies: Copies = ()
+    owner: nn.Module,
+    shape: tuple[int, int] | None,
+    blocks: tuple[Block, ...],
+    copies: Copies = (),
+    base: Scope | None = None,
 ) -> type[AdaptedOwner]:
     """The class that makes `owner` compute its base forward with `blocks` and `copies`; built once for each structure.
+
+    Args:
+        owner: a linear module, or one that only has copies.
+        shape: `(in_features, out_features)` of a linear, else None.
+        blocks: the blocks that act.
+        copies: the copies that stand for tensors of the base.
+        base: `trace_scope(owner, shape)` where the caller has it.
 
     Raises:
         UnsupportedModuleError: a block cannot be inserted into this owner's forward.
@@ -90,9 +102,8 @@ def specialize(
         if key not in _classes:
             _classes[key] = make_class(base_class, None, copies)
         return _classes[key]
-    base = trace_scope(owner, shape)
-    structure = _structure(owner)
-    key = (structure, blocks, copies) if _traced.get(structure) is base else None
+    base = base or trace_scope(owner, shape)
+    key = (base, blocks, copies)
     found = _classes.get(key)
     if found is None:
         scope = Scope(
@@ -107,7 +118,7 @@ def specialize(
         )
         run_passes(ADAPT, scope)
         found = make_class(base.base_class, scope, copies)
-        if key is not None:
+        if base.shared:
             _classes[key] = found
     return found
 
@@ -118,12 +129,13 @@ def check_classes(adapted: Mapping[str, nn.Module]) -> None:
         check_class(owner, name)
 
 
-def refresh_owner(owner: nn.Module, name: str = "the module") -> None:
-    """Derive the class of an owner from its record again, after either changed."""
+def refresh_owner(owner: nn.Module, name: str = "the module", base: Scope | None = None) -> None:
+    """Derive the class of an owner from its record again, after either changed; `base` as for `specialize`."""
     state: OwnerState = vars(owner)[STATE]
     check_class(owner, name)
     blocks = () if state.in_graph else state.effective_blocks()
-    new_class = specialize(owner, None if state.in_graph else state.shape, blocks, state.effective_copies())
+    shape = None if state.in_graph else state.shape
+    new_class = specialize(owner, shape, blocks, state.effective_copies(), base)
     set_class(owner, new_class, state.foreign_forward, inserted=bool(blocks))
 
 
@@ -158,11 +170,11 @@ def _structure(owner: nn.Module) -> Any:
     A traced forward reads no plain attribute but its shape (`passes.trace` refuses it otherwise).
     """
     state: OwnerState | None = vars(owner).get(STATE)
-    ours = set(state.all_registered()) if state else set()
+    ours = state.all_registered() if state else ()
     tensors = [(n, p) for n, p in (*owner._parameters.items(), *owner._buffers.items()) if n not in ours]
     return (
         state.base_class if state else type(owner),
         linear_shape(owner),
-        tuple((name, None if t is None else (t.dtype, tuple(t.shape), type(t))) for name, t in tensors),
-        tuple((name, type(child)) for name, child in owner._modules.items()),
+        tuple([(name, None if t is None else (t.dtype, t.shape, type(t))) for name, t in tensors]),
+        tuple([(name, type(child)) for name, child in owner._modules.items()]),
     )

@@ -100,6 +100,8 @@ class Scope:
     opaque: str | None = None
     """Why the base forward stays one opaque node, or None where it was traced."""
     sites: list[Site] = dataclasses.field(default_factory=list)
+    shared: bool = False
+    """Whether every owner of this structure has this scope; a forward that somebody set on an instance is its own."""
     blocks: tuple[Block, ...] = ()
     base_code: str = ""
     code: str = ""
@@ -121,13 +123,15 @@ class ModelScope:
 
 @dataclasses.dataclass
 class Target:
-    """One module chosen by the rules: its canonical name, the owner, and the block it gets."""
+    """One module chosen by the rules: its canonical name, the owner, the block it gets, the scope of its base forward."""
 
     name: str
     owner: nn.Module
     in_features: int
     out_features: int
     block: Block
+    scope: Scope | None = None
+    """The scope of its base forward; None in a whole graph."""
     weight: Tensor | None = None
     """The weight, where it is not an attribute of the owner."""
     shared_by: object = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from misscompile.passes.install import find_foreign_forward
 from misscompile.passes.trace import probe_opaque
 from misscompile.pipeline import trace_scope
 from misscompile.plan import Adapter, Block, Plan, Refusal, Target
-from misscompile.state import STATE, check_enabled, named_modules, owner_states
+from misscompile.state import STATE, inside_disabled, named_modules, owner_states
 from misscompile.targets import Selection, select_names
 
 _CLASSIFIER_NAMES = ("score", "classifier")
@@ -35,19 +35,20 @@ def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Pla
     Raises:
         ConfigError, NoMatchError, UnsupportedModuleError, StateError, ArgumentError: see `misscompile.adapt`.
     """
-    check_adapter_name(model, adapter_name)
-    config = with_task_heads(model, config)
     modules = named_modules(model, remove_duplicate=False)
+    check_adapter_name(model, adapter_name)
+    config = with_task_heads(config, modules)
+    canonical = _canonical_names(modules)
     if linear_shape(model) is None:
         del modules[""]
     selection = _select(model, config, modules)
     implicit = config.selects_all_linear  # found by a rule, not named: what cannot be adapted is passed over and told
-    bypassed = find_bypassed(model)
+    bypassed = find_bypassed(canonical)
     block = Block(adapter_name, config.variant, config.r, config.mini_r, float(config.miss_dropout))
     targets: list[Target] = []
-    refusals: list[Refusal] = _fused_experts(modules) if implicit else []
-    for name, owner in _once(selection.chosen, modules):
-        found = _target(name, owner, block, bypassed)
+    refusals: list[Refusal] = _fused_experts(canonical) if implicit else []
+    for owner in dict.fromkeys(modules[name] for name in selection.chosen):
+        found = _target(canonical[owner], owner, block, bypassed)
         if isinstance(found, Target):
             targets.append(found)
         else:
@@ -62,7 +63,7 @@ def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Pla
     ]
     adapter = Adapter(adapter_name, config, refusals=tuple(refusals))
     copied = trained_in_full(model, config, [modules[name] for name in selection.saved], targets)
-    return Plan(adapter, targets, notes + _shared_weights(model, targets), copied)
+    return Plan(adapter, targets, notes + _shared_weights(canonical, targets), copied)
 
 
 def check_adapter_name(model: nn.Module, name: object) -> None:
@@ -74,8 +75,9 @@ def check_adapter_name(model: nn.Module, name: object) -> None:
             f"adapter_name={name!r}: a name becomes part of a parameter name, so it holds letters, digits, _ and - only (no "
             f"dot); {re.sub(r'[^-A-Za-z0-9_]+', '_', name) or 'default'!r} would do."
         )
-    check_enabled(model, "adapt")
     for owner_name, state in owner_states(model).items():
+        if state.disabled:
+            raise inside_disabled("adapt")
         if name in state.adapters:
             raise StateError(
                 f"adapter_name={name!r} is in use ({owner_name or '(root)'}): choose another name, or remove that adapter "
@@ -87,9 +89,8 @@ def check_adapter_name(model: nn.Module, name: object) -> None:
             )
 
 
-def with_task_heads(model: nn.Module, config: MissConfig) -> MissConfig:
+def with_task_heads(config: MissConfig, names: Collection[str]) -> MissConfig:
     """`config` with the head of its task among the modules to save."""
-    names = list(named_modules(model))
     saved = list(config.modules_to_save or ())
     for head in _TASK_HEADS.get(config.task_type or "", ()):
         if head not in saved and any(name.endswith(head) for name in names):
@@ -126,13 +127,12 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, other in named_modules(model).items() if other is module) or "the model itself"
 
 
-def _once(names: Iterable[str], modules: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Each chosen module under its canonical name: the first under which the model reaches it."""
+def _canonical_names(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
+    """Each module with the first of the names under which the model reaches it."""
     canonical: dict[nn.Module, str] = {}
     for name, module in modules.items():
         canonical.setdefault(module, name)
-    for owner in dict.fromkeys(modules[name] for name in names):
-        yield canonical[owner], owner
+    return canonical
 
 
 def _select(model: nn.Module, config: MissConfig, modules: dict[str, nn.Module]) -> Selection:
@@ -152,13 +152,15 @@ def _select(model: nn.Module, config: MissConfig, modules: dict[str, nn.Module])
     else:
         targets = config.target_modules
     outputs = _output_layers(model, config)
-    all_linear = [name for name, module in linears.items() if module not in outputs]
+    all_linear = {name for name, module in linears.items() if module not in outputs}
     return select_names(config, list(modules), targets, all_linear)
 
 
 def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return True
     named_linear = "linear" in type(module).__name__.lower() or hasattr(module, "nf")
-    return isinstance(module, nn.Linear) or (named_linear and linear_shape(module) is not None)
+    return named_linear and linear_shape(module) is not None
 
 
 def _output_layers(model: nn.Module, config: MissConfig) -> set[nn.Module]:
@@ -181,9 +183,9 @@ def _target(name: str, owner: nn.Module, block: Block, bypassed: dict[nn.Module,
         return Refusal(name, kind, f"it is not a linear module{_linears_inside(name, owner)}")
     if owner in bypassed and not bypassed[owner].called:
         return Refusal(name, kind, bypassed[owner].reason)
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in owner.parameters(recurse=False)):
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in owner._parameters.values()):
         return Refusal(name, kind, "its shape is not known yet; run the model once on real input first")
-    if getattr(getattr(owner, "_hf_hook", None), "offload", False):
+    if getattr(vars(owner).get("_hf_hook"), "offload", False):
         return Refusal(name, kind, "accelerate offloads its weight; adapt the model before dispatching it")
     if STATE not in vars(owner) and hasattr(owner, block.parameter):
         return Refusal(name, kind, f"it already has an attribute {block.parameter!r}")
@@ -194,7 +196,7 @@ def _target(name: str, owner: nn.Module, block: Block, bypassed: dict[nn.Module,
             problem = f"{scope.opaque}, and 'bat' needs the weight itself (init_weights=True or 'mini' do not)"
         if problem is not None:
             return Refusal(name, kind, problem)
-    return Target(name, owner, *shape, block)
+    return Target(name, owner, *shape, block, scope)
 
 
 def _linears_inside(name: str, owner: nn.Module) -> str:
@@ -202,13 +204,15 @@ def _linears_inside(name: str, owner: nn.Module) -> str:
     return f" (the linears inside: {', '.join(inside[:_SHOWN])})" if inside else ""
 
 
-def _fused_experts(modules: dict[str, nn.Module]) -> list[Refusal]:
+def _fused_experts(canonical: Mapping[nn.Module, str]) -> list[Refusal]:
     found: list[Refusal] = []
-    for name, module in _once(modules, modules):
+    for module, name in canonical.items():
         if type(module).__module__.startswith("torch.nn."):
             continue
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and "miss_block" not in parameter_name and min(parameter.shape) > 1:
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is None or "miss_block" in parameter_name:
+                continue
+            if parameter.dim() == 3 and min(parameter.shape) > 1:
                 shape = "×".join(map(str, parameter.shape))
                 reason = f"its {parameter_name} ({shape}) is a stack of fused weights, not a linear"
                 found.append(Refusal(name, type(module).__name__, reason))
@@ -257,14 +261,15 @@ def check_shapes(targets: Sequence[Target], config: MissConfig) -> None:
         )
 
 
-def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+def _shared_weights(canonical: Mapping[nn.Module, str], targets: Sequence[Target]) -> list[str]:
     """A note for each adapted weight that modules outside the plan use too: the merge will refuse it."""
     owners = {target.owner for target in targets}
     users: dict[int, str] = {}
-    for name, module in named_modules(model).items():
+    for module, name in canonical.items():
         if module not in owners:
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                users[id(parameter)] = f"{name}.{parameter_name}" if name else parameter_name
+            for parameter_name, parameter in module._parameters.items():
+                if parameter is not None:
+                    users[id(parameter)] = f"{name}.{parameter_name}" if name else parameter_name
     return [
         f"{target.name} shares its weight with {users[id(weight)]}: the adapter acts on this module alone, and merge will "
         "refuse until the weight is untied"

@@ -21,8 +21,9 @@ def holds_exported_adapters(model: object) -> bool:
     """Whether `model` is a graph that was exported while adapted, and has no record of it."""
     if isinstance(model, torch.export.ExportedProgram):
         return True
-    foreign = isinstance(model, fx.GraphModule) and not isinstance(model, WholeGraph)
-    return foreign and not owners(model) and any(is_block(node) for node in model.graph.nodes)
+    if not isinstance(model, fx.GraphModule) or isinstance(model, WholeGraph) or owners(model):
+        return False
+    return any(is_block(node) for node in model.graph.nodes)
 
 
 def recover_adapters(root: WholeGraph) -> None:

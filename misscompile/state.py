@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -92,14 +92,33 @@ def unwrap_model(model: object) -> nn.Module:
         wrapped = inner
 
 
-def plain_name(name: str) -> str:
-    """A dotted name without the segments that `torch.compile` puts in when it wraps a part of the model."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
-
-
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
-    """`nn.Module.named_modules` by plain names; of a compiled wrapper and what it wraps, the latter."""
-    return {plain_name(name): module for name, module in model.named_modules(remove_duplicate=remove_duplicate)}
+    """`nn.Module.named_modules` without the segments that `torch.compile` adds where it wraps a part of the model.
+
+    Of a compiled wrapper and what it wraps, which then have one name, the latter. One pass over the tree: the method of
+    torch hands each module through a generator for every level above it.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[nn.Module] = set()
+
+    def visit(name: str, module: nn.Module) -> None:
+        if remove_duplicate and module in seen:
+            return
+        seen.add(module)
+        found[name] = module
+        prefix = f"{name}." if name else ""
+        for child_name, child in module._modules.items():
+            if child is not None:
+                visit(name if child_name == "_orig_mod" else prefix + child_name, child)
+
+    visit("", model)
+    return found
+
+
+def unique_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters that these modules hold themselves, each once."""
+    held = (parameter for module in modules for parameter in module._parameters.values())
+    return list({id(parameter): parameter for parameter in held if parameter is not None}.values())
 
 
 def owners(model: nn.Module) -> dict[str, nn.Module]:
@@ -140,7 +159,12 @@ def check_enabled(model: nn.Module, verb: str) -> None:
         StateError: naming the verb.
     """
     if any(state.disabled for state in owner_states(model).values()):
-        raise StateError(f"{verb} was called inside disable_adapter(model): leave the context first.")
+        raise inside_disabled(verb)
+
+
+def inside_disabled(verb: str) -> StateError:
+    """The error for a verb that was called inside `disable_adapter`."""
+    return StateError(f"{verb} was called inside disable_adapter(model): leave the context first.")
 
 
 def base_tensor(owner: nn.Module, name: str) -> Tensor:
@@ -169,11 +193,16 @@ def swap_base_values(owner: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def transaction(model: nn.Module, touched: Iterable[nn.Module]) -> Iterator[None]:
-    """Put records, classes, parameters and `requires_grad` flags back as they were if the body raises."""
-    modules = dict.fromkeys([*touched, *owners(model).values()])
-    saved = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers), _copy_state(m)) for m in modules]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def transaction(modules: Collection[nn.Module], touched: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Put records, classes, parameters and `requires_grad` flags back as they were if the body raises.
+
+    Args:
+        modules: those of the model. The records among them are kept, and the flags of all.
+        touched: modules that will get a record.
+    """
+    changing = dict.fromkeys([*touched, *(module for module in modules if STATE in vars(module))])
+    saved = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers), _copy_state(m)) for m in changing]
+    flags = [(parameter, parameter.requires_grad) for parameter in unique_parameters(modules)]
     try:
         yield
     except BaseException:
@@ -196,5 +225,5 @@ def _copy_state(module: nn.Module) -> OwnerState | None:
     state: OwnerState | None = vars(module).get(STATE)
     if state is None:
         return None
-    fields = {f.name: copy.copy(getattr(state, f.name)) for f in dataclasses.fields(state) if f.name != "foreign_forward"}
+    fields = {name: copy.copy(value) for name, value in vars(state).items() if name != "foreign_forward"}
     return OwnerState(**fields, foreign_forward=state.foreign_forward)

@@ -39,7 +39,7 @@ def select_names(
         NoMatchError: nothing is chosen; the message names the rule that emptied the selection and the closest names.
     """
     notes: list[str] = []
-    excluded = {name for name in names if config.exclude_modules is not None and _matches(config.exclude_modules, name)}
+    excluded = set(_matching(config.exclude_modules, names)) if config.exclude_modules is not None else set()
     notes += _unmatched("exclude_modules", config.exclude_modules, names)
     saved = tuple(name for name in names if any(name.endswith(entry) for entry in config.modules_to_save or ()))
     notes += [
@@ -47,13 +47,13 @@ def select_names(
         for entry in config.modules_to_save or ()
         if not any(name.endswith(entry) for name in names)
     ]
-    inside_saved = tuple(f"{name}." for name in saved)
+    taken, inside_saved = excluded.union(saved), tuple(f"{name}." for name in saved)
     if isinstance(targets, str) and config.selects_all_linear:
         targeted = [name for name in names if name in all_linear]
     else:
-        targeted = [name for name in names if name and _matches(targets, name)]
+        targeted = [name for name in _matching(targets, names) if name]
         notes += _unmatched("target_modules", targets, names)
-    kept = [n for n in targeted if n not in excluded and n not in saved and not n.startswith(inside_saved)]
+    kept = [n for n in targeted if n not in taken and not n.startswith(inside_saved)]
     exact = set() if isinstance(targets, str) else set(targets)
     chosen = tuple(name for name in kept if name in exact or _in_layers(config, name))
     notes += _missing_layers(config, targeted)
@@ -74,8 +74,7 @@ def layer_index(name: str, patterns: Sequence[str]) -> int | None:
 
 def exact_targets(chosen: Sequence[str], names: Sequence[str]) -> list[str] | str:
     """`target_modules` that chooses exactly `chosen` among `names`: a list, or an expression where a suffix says more."""
-    picked = set(chosen)
-    if all(name in picked or not any(name.endswith("." + entry) for entry in chosen) for name in names):
+    if set(_matching(chosen, names)) <= set(chosen):
         return list(chosen)
     return "|".join(re.escape(name) for name in chosen)
 
@@ -91,21 +90,28 @@ def closest(entry: str, names: Iterable[str]) -> str:
     return f"; closest: {', '.join(map(repr, found))}" if found else ""
 
 
-def _matches(rule: Collection[str] | str, name: str) -> bool:
+def _matching(rule: Collection[str] | str, names: Iterable[str]) -> list[str]:
+    """The names that a rule takes. The entries of a list are looked up, not tried one by one: it may name every module."""
     if isinstance(rule, str):
-        return re.fullmatch(rule, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in rule)
+        return [name for name in names if re.fullmatch(rule, name)]
+    entries = set(rule)
+    return [name for name in names if not entries.isdisjoint(_suffixes(name))]
+
+
+def _suffixes(name: str) -> list[str]:
+    """`["a.b.c", "b.c", "c"]` for `"a.b.c"`: the list entries that would take it."""
+    segments = name.split(".")
+    return [".".join(segments[start:]) for start in range(len(segments))]
 
 
 def _unmatched(field: str, rule: Collection[str] | str | None, names: Sequence[str]) -> list[str]:
     if rule is None:
         return []
-    entries = [rule] if isinstance(rule, str) else sorted(rule)
-    return [
-        f"{field} entry {entry!r} matches no module{closest(entry, names)}"
-        for entry in entries
-        if not any(_matches(rule if isinstance(rule, str) else (entry,), name) for name in names)
-    ]
+    if isinstance(rule, str):
+        unmatched = [] if any(re.fullmatch(rule, name) for name in names) else [rule]
+    else:
+        unmatched = sorted(set(rule).difference(*map(_suffixes, names)))
+    return [f"{field} entry {entry!r} matches no module{closest(entry, names)}" for entry in unmatched]
 
 
 def _in_layers(config: MissConfig, name: str) -> bool:

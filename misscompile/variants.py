@@ -146,9 +146,36 @@ def delta_weight(variant: Variant, block: Tensor, weight: Tensor) -> Tensor:
     d = block.to(weight.dtype)
     if variant == "bat":
         return bat_delta(weight, d, in_features, out_features, d.shape[-1])
-    r, columns = d.shape
-    tiled = d.t().repeat(out_features // columns, -(-in_features // r))
-    return tiled[:, :in_features]
+    return add_shard_rows_(torch.zeros_like(weight), shard_rows(d, out_features))
+
+
+def shard_rows(block: Tensor, out_features: int) -> Tensor:
+    """`(out, r)`: what balance and mini repeat along each row of `W`; `block` is `(r, out)` or `(r, m)`."""
+    rows = block.t().contiguous()  # before the repeat, which knows no fast transposition
+    groups = out_features // block.shape[1]
+    return rows if groups == 1 else rows.repeat(groups, 1)
+
+
+def add_shard_rows_(weight: Tensor, rows: Tensor) -> Tensor:
+    """Add `rows (k, r)` in place to every shard of `weight (k, in)` and return it; the update is never tiled."""
+    r = rows.shape[1]
+    n, rest = divmod(weight.shape[1], r)
+    torch.unflatten(weight[:, : n * r], -1, (n, r)).add_(rows.unsqueeze(1))
+    if rest:
+        weight[:, n * r :].add_(rows[:, :rest])
+    return weight
+
+
+def delta_bound(variant: Variant, block: Tensor, largest: float) -> float:
+    """What no `|ΔW[o, i]|` exceeds where no `|W[o, i]|` exceeds `largest`; infinite where there is no such number."""
+    bound = largest_magnitude(block)
+    return bound if variant != "bat" else bound + largest * float(block.abs().sum(1, dtype=torch.float64).amax())
+
+
+def largest_magnitude(tensor: Tensor) -> float:
+    """The largest `|x|` of a tensor, read once and without a copy; infinity where an element is not finite."""
+    low, high = (float(end) for end in torch.aminmax(tensor.detach()))
+    return max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
 
 
 # The two functions that look at a dtype stay one node each when the insert pass traces this file: the dtype is known

@@ -14,7 +14,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-from collections.abc import Iterator
+import inspect
+import types
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from misscompile.passes.source import Chain, is_super, parse_function
@@ -33,24 +35,55 @@ class Bypass:
     called: bool
 
 
-def find_bypassed(model: nn.Module) -> dict[nn.Module, Bypass]:
-    """Modules of `model` whose weight is read by a parent's code, each with a reason that names that code.
+def find_bypassed(modules: Iterable[nn.Module]) -> dict[nn.Module, Bypass]:
+    """Those of a model's modules whose weight is read by a parent's code, each with a reason that names that code.
 
     The paths of torch's own modules are chosen by the mode (training, evaluation), so both are taken: there, a call on
     another path is no excuse. The paths of a model's own code mostly depend on a setting or a kernel.
     """
+    parents = [(parent, type(parent)) for parent in modules]
+    reads = {kind: weight_uses(kind)[0] for kind in {kind for _, kind in parents} if _names_a_weight(kind)}  # type: ignore[arg-type]
     readers: dict[nn.Module, type[nn.Module]] = {}
+    for parent, kind in parents:  # of several readers, the last and nearest tells most
+        readers.update((child, kind) for path in reads.get(kind, ()) for child in _children(parent, path))
+    if not readers:
+        return {}
     called: set[nn.Module] = set()
-    for parent in model.modules():
-        reads, calls = weight_uses(type(parent))  # type: ignore[arg-type] # typeshed: a class is hashable
-        # of several readers, the last and nearest tells most
-        readers.update((child, type(parent)) for path in reads for child in _children(parent, path))
-        called.update(child for path in calls for child in _children(parent, path))
+    for parent, kind in parents:
+        called.update(child for path in weight_uses(kind)[1] for child in _children(parent, path))  # type: ignore[arg-type]
     found = {}
     for child, kind in readers.items():
         reason = f"{kind.__name__} reads its weight directly, so that its own forward does not always run"
         found[child] = Bypass(reason, child in called and not kind.__module__.startswith("torch."))
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_a_weight(owner: type[nn.Module]) -> bool:
+    """Whether a `weight` is named in what `weight_uses` would read; told from the bytecode, since parsing takes longer.
+
+    Every attribute of the forward that is a method of the class is followed, whatever object it is taken from.
+    """
+    seen: set[Any] = set()
+    queue: list[Any] = [_method(owner, "forward", 0)[1]]
+    while queue:
+        function = queue.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if code is None:
+            return True
+        names = _code_names(code)
+        if "weight" in names:
+            return True
+        queue += [_method(owner, name, level)[1] for name in names for level in range(len(owner.__mro__))]
+    return False
+
+
+def _code_names(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_code_names, inner))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -29,8 +29,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     Linears are `nn.Linear` and its subclasses, `Conv1D`, and packed or quantised modules, which keep both numbers as
     integer attributes.
     """
-    for names in _SHAPE_ATTRIBUTE_PAIRS:
-        in_features, out_features = (getattr(module, name, None) for name in names)
+    for in_name, out_name in _SHAPE_ATTRIBUTE_PAIRS:
+        in_features, out_features = getattr(module, in_name, None), getattr(module, out_name, None)
         if isinstance(in_features, int) and isinstance(out_features, int):
             return in_features, out_features
     return None

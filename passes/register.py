@@ -108,7 +108,6 @@ def register_blocks(plan: Plan) -> None:
 def _state(owner: nn.Module, shape: tuple[int, int] | None) -> OwnerState:
     state: OwnerState | None = vars(owner).get(STATE)
     if state is None:
-        state = OwnerState(type(owner), shape)
-        setattr(owner, STATE, state)
+        state = vars(owner)[STATE] = OwnerState(type(owner), shape)
     state.shape = state.shape or shape
     return state

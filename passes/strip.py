@@ -44,7 +44,8 @@ def strip_updates(scope: ModelScope) -> dict[str, float]:
             dropped = [member.args[1] for member in region if member.target is aten.dropout.default]
             blocks = [str(member.target) for member in region if is_block(member)]
             rates.update(dict.fromkeys(blocks, float(str(dropped[0]))) if dropped else {})
-            end.replace_all_uses_with(node, delete_user_cb=lambda user, region=frozenset(region): user not in region)
+            for user in [user for user in end.users if user not in region]:
+                user.replace_input_with(end, node)
             _erase(scope.graph, region)
     find_calls(scope)
     return rates
@@ -167,7 +168,5 @@ def _tagged_site(node: fx.Node) -> str | None:
 
 
 def _same_shape(node: fx.Node, other: fx.Node) -> bool:
-    values = node.meta.get("val"), other.meta.get("val")
-    if not all(isinstance(value, Tensor) for value in values):
-        return False
-    return str(values[0].shape) == str(values[1].shape)
+    value, like = node.meta.get("val"), other.meta.get("val")
+    return isinstance(value, Tensor) and isinstance(like, Tensor) and str(value.shape) == str(like.shape)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from misscompile.passes.merge import fold_weight
+from misscompile.passes import merge as merge_pass
+from misscompile.passes.merge import fold_weight, is_surely_finite
 from support import VARIANTS, TwoLinears, adapted, fill_blocks, max_error, reference_delta
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import misscompile as mc
-from misscompile import variants
+from misscompile import merging, variants
 from misscompile.errors import MergeError
 from misscompile.plan import Block
 
@@ -332,3 +334,76 @@ def test_inactive_adapters_that_go_unfolded_are_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mc.merge(adapted(TwoLinears()))
+
+
+# --- in place and in parts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("elements", [1, 50, 100, 1 << 20])
+def test_working_in_parts_changes_no_bit(
+    elements: int, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = make(layout, *BLOCKS.values(), dtype=dtype, block_dtype=torch.float32)
+    for chosen in (*((block,) for block in BLOCKS.values()), tuple(BLOCKS.values())):
+        base = (owner.weight.t() if layout == "in_out" else owner.weight).detach().float()
+        whole = base.clone()
+        for block in chosen:
+            whole += variants.delta_weight(block.variant, owner.get_parameter(block.parameter).detach(), base)
+        monkeypatch.setattr(merge_pass, "_CACHED", elements)
+        assert torch.equal(fold(owner, *chosen), (whole.t() if layout == "in_out" else whole).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_only_what_is_finite_is_called_surely_finite(name: str, dtype: torch.dtype) -> None:
+    block = BLOCKS[name]
+    largest = torch.finfo(dtype).max
+    for where in ("weight", block.parameter):
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            owner = make("out_in", block, dtype=dtype)
+            assert is_surely_finite(owner, [block])
+            owner.get_parameter(where).data.view(-1)[3] = bad
+            assert not is_surely_finite(owner, [block])
+    owner = make("out_in", block, dtype=dtype)
+    owner.weight.data.fill_(largest)
+    owner.get_parameter(block.parameter).data.fill_(largest / 4)
+    assert not is_surely_finite(owner, [block])
+    owner.get_parameter(block.parameter).data.zero_()
+    assert not is_surely_finite(owner, [block])  # it is finite, which takes the computation to show
+    assert torch.equal(fold(owner, block), owner.weight)
+
+
+@pytest.mark.parametrize("keep_adapters", [False, True])
+def test_a_result_that_is_surely_finite_is_computed_once(keep_adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    folded: list[Tensor] = []
+
+    def counting(stored: Tensor, *args: Any) -> None:
+        folded.append(stored)
+        merge_pass.fold_in_place(stored, *args)
+
+    monkeypatch.setattr(merging, "fold_in_place", counting)
+    monkeypatch.setattr(merging, "fold_weight", None)
+    model = adapted(TwoLinears().bfloat16())
+    mc.merge(model, keep_adapters=keep_adapters)
+    assert folded == [model.up.weight, model.down.weight]
+
+
+def test_an_interrupt_waits_until_the_module_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(stored: Tensor, *args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        merge_pass.fold_in_place(stored, *args)
+
+    model, x = adapted(TwoLinears().double()), torch.randn(3, 12, dtype=torch.float64)
+    y, handler = model(x), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(merging, "fold_in_place", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mc.merge(model)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert type(model.up) is nn.Linear
+    assert hasattr(model.down, "miss_block_default")
+    assert max_error(model(x), y) < 1e-12
+    monkeypatch.undo()
+    mc.merge(model)
+    assert max_error(model(x), y) < 1e-12
