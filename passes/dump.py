@@ -6,15 +6,19 @@ import io
 from typing import Literal
 
 from misscompile.passes.insert import folds_into_weight
+from misscompile.passes.install import readable_code
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
 
 from misscompile import cost
+from misscompile.adapting import open_model
 from misscompile.errors import ArgumentError, StateError
+from misscompile.graphs import WholeGraph, call_names, call_owner, copy_nodes, find_graph_sites, record_of, whole_graphs
 from misscompile.pipeline import trace_scope
-from misscompile.plan import Block, Scope
+from misscompile.plan import Block, Scope, Site
+from misscompile.recovery import holds_exported_adapters
 from misscompile.state import OwnerState, adapters_of, owner_states, owners, unwrap_model
 
 TOKENS = 1024
@@ -29,13 +33,13 @@ def dump(model: nn.Module, format: Literal["text", "code"] = "text") -> str:
         format: `"text"`, a table with a row for each site and adapter (name, kind, in→out, variant, r, parameters,
             FLOPs that the adapter adds to its base in a training step of 1,024 tokens, and the site's share of the FLOPs
             of all adapted sites), then every module that the rules chose and the plan refused, with the reason;
-            `"code"`, the torch.fx code of each distinct scope before and after the rewrite.
+            `"code"`, the torch.fx code of each distinct scope, or of a whole graph, before and after the rewrite.
 
     Raises:
         StateError: the model has no adapter.
         ArgumentError: an unknown format.
     """
-    root = unwrap_model(model)
+    root = open_model(model) if holds_exported_adapters(model) else unwrap_model(model)
     if not owner_states(root):
         raise StateError("the model has no adapter: there is nothing to dump.")
     if format == "text":
@@ -52,18 +56,18 @@ def _text(root: nn.Module) -> str:
     for header in ("in→out", "variant", "r", "parameters", "added FLOPs", "share of FLOPs"):
         table.add_column(header, justify="right", no_wrap=True)
     adapted = owners(root)
+    calls = {name: sites for graph in whole_graphs(root) for name, sites in _graph_calls(root, graph).items()}
     rows = []
     for name, state in owner_states(root).items():
-        if state.shape is None:
+        if state.shape is None or not state.blocks:
             continue
-        scope = trace_scope(adapted[name], state.shape)
-        kind = type(adapted[name]).__name__ + (" (opaque)" if scope.opaque else "")
+        kind, site, count = _describe(adapted[name], state, calls.get(name, []))
         for block in state.blocks.values():
-            base, added = _step_flops(scope, block)
-            rows.append((name or "(root)", kind, block, state, adapted[name], scope, base, added))
+            base, added = (count * flops for flops in _step_flops(site, block))
+            rows.append((name or "(root)", kind, block, state, adapted[name], site, base, added))
     total = sum(added for *_, added in rows) + sum({owner: base for *_, owner, _, base, _ in rows}.values())
-    for name, kind, block, state, owner, block_scope, base, added in rows:
-        sizes = f"{block_scope.in_features}→{block_scope.out_features}"
+    for name, kind, block, state, owner, block_site, base, added in rows:
+        sizes = f"{block_site.in_features}→{block_site.out_features}"
         parameters = f"{owner.get_parameter(block.parameter).numel():,}"
         variant = f"{block.variant} m={block.mini_r}" if block.variant == "mini" else block.variant
         shares = f"{added / base:+.2%}", f"{(base + added) / total:.2%}"
@@ -89,23 +93,44 @@ def _status(block: Block, state: OwnerState) -> str:
     return block.adapter if block.adapter in state.active else f"{block.adapter} (inactive)"
 
 
-def _step_flops(scope: Scope, block: Block) -> tuple[int, int]:
+def _graph_calls(root: nn.Module, graph: WholeGraph) -> dict[str, list[Site]]:
+    """The calls in a whole graph by the name of the owner of their block, below `root`."""
+    prefix = next((f"{name}." for name, module in root.named_modules() if name and module is graph), "")
+    found: dict[str, list[Site]] = {}
+    for name, sites in call_names(find_graph_sites(graph)).items():
+        found[prefix + name] = sites
+        found |= {prefix + call_owner(name, index): [site] for index, site in enumerate(sites)}
+    return found
+
+
+def _describe(owner: nn.Module, state: OwnerState, calls: list[Site]) -> tuple[str, Site, int]:
+    """What kind of call a block acts on, a site of it, and how many there are."""
+    if state.in_graph:
+        target = calls[0].node.target
+        kind = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        return f"{kind} ×{len(calls)}" if len(calls) > 1 else kind, calls[0], len(calls)
+    assert state.shape is not None
+    scope = trace_scope(owner, state.shape)
+    return type(owner).__name__ + (" (opaque)" if scope.opaque else ""), scope.sites[0], 1
+
+
+def _step_flops(site: Site, block: Block) -> tuple[int, int]:
     form: cost.Form
     if block.variant == "bat":
-        form = "bat one product" if folds_into_weight(scope.sites[0], block) else "bat two products"
+        form = "bat one product" if folds_into_weight(site, block) else "bat two products"
     else:
         form = block.variant
-    sizes = TOKENS, scope.in_features, scope.out_features, block.r, block.mini_r
+    sizes = TOKENS, site.in_features, site.out_features, block.r, block.mini_r
     return cost.evaluate(cost.BASE_STEP, *sizes), cost.evaluate(cost.STEP[form], *sizes)
 
 
 def _code(root: nn.Module) -> str:
+    parts = [_graph_code(graph) for graph in whole_graphs(root)]
     names: dict[Scope, list[str]] = {}
     for name, owner in owners(root).items():
-        scope: Scope | None = type(owner).scope  # type: ignore[attr-defined]
+        scope: Scope | None = getattr(type(owner), "scope", None)
         if scope is not None:
             names.setdefault(scope, []).append(name or "(root)")
-    parts = []
     for scope, sites in names.items():
         count = f"{len(sites)} owner{'s' * (len(sites) != 1)}"
         title = f"{scope.base_class.__name__} {scope.in_features}→{scope.out_features}, {count}"
@@ -113,6 +138,12 @@ def _code(root: nn.Module) -> str:
         note = f"\n# opaque: {scope.opaque}" if scope.opaque else ""
         parts.append(f"# {title}: {listed}{note}\n# before\n{scope.base_code}\n\n# after\n{scope.code}")
     return "\n\n\n".join(parts)
+
+
+def _graph_code(graph: WholeGraph) -> str:
+    before = fx.GraphModule(graph, copy_nodes(record_of(graph).base)).code
+    sections = [f"# {title}\n{readable_code(code)}" for title, code in (("before", before), ("after", graph.code))]
+    return "# whole graph\n" + "\n\n".join(sections)
 
 
 def _render(table: Table) -> str:
