@@ -22,7 +22,15 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
+from misscompile.bat import add_bat, bat_delta
 from misscompile.config import Variant
+from misscompile.dropout import dropout
+
+MANY_TOKENS = 64
+"""From here on a product over 16-bit tokens is worth a preparation of its own (measured, CPU)."""
+
+_VECTOR = 32
+"""16-bit values in a vector register."""
 
 
 def block_shape(variant: Variant, r: int, mini_r: int, in_features: int, out_features: int) -> tuple[int, ...]:
@@ -84,48 +92,49 @@ def sum_shards(x: Tensor, in_features: int, r: int) -> Tensor:
 
 def add_balance(y: Tensor, x: Tensor, block: Tensor, in_features: int, r: int) -> Tensor:
     """`y + s D`: y `(…, out)`, x `(…, in)`, block `(r, out)`; the result has the dtype of `y`."""
-    s, d = match_dtype(sum_shards(x, in_features, r), block, y, -(-in_features // r))
-    return y + s @ d
+    return add_product(y, sum_shards(x, in_features, r), block, -(-in_features // r))
 
 
-def add_mini(y: Tensor, x: Tensor, block: Tensor, in_features: int, out_features: int, r: int, mini_r: int) -> Tensor:
-    """`y + s D`, the `m` columns of `s D` broadcast over the `out / m` groups of `y`; block `(r, m)`.
+def add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
+    """`y + s D`, the product accumulated on the base output; `terms` is the number of shards in a sum.
+
+    For few tokens a 16-bit copy of the block costs more than a product in the block's own precision. Under autocast
+    `addmm` would round a wider `y` to the dtype of the region.
+    """
+    few = y.dtype.itemsize == 2 and s.numel() < MANY_TOKENS * s.shape[-1]
+    if few or (y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type)):
+        return y + (s @ block.to(s.dtype)).to(y.dtype)
+    s, d = match_dtype(s, block, y, terms)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), d).view_as(y)
+
+
+def add_mini(y: Tensor, x: Tensor, block: Tensor, in_features: int, r: int) -> Tensor:
+    """`y + s D`, the `m` columns of `s D` added to each of the `out / m` groups of `y`; block `(r, m)`.
 
     The product is so small that it stays in the dtype of the sum: a 16-bit one would round the gradient of the block,
     in which every output takes part.
     """
     s = sum_shards(x, in_features, r)
-    update = (s @ block.to(s.dtype)).to(y.dtype)
-    grouped = torch.unflatten(y, -1, (out_features // mini_r, mini_r)) + update.unsqueeze(-2)
-    return grouped.flatten(-2)
+    return add_groups(y, s @ block.to(s.dtype))
 
 
-def bat_delta(weight: Tensor, block: Tensor, in_features: int, out_features: int, r: int) -> Tensor:
-    """`ΔW (out, in)` of bat from `weight (out, in)` and `block (out/r, r, r)`, in the dtype of `weight`.
+def add_groups(y: Tensor, update: Tensor) -> Tensor:
+    """`y (…, out)` with `update (…, m)` added to each group of `m` outputs, in the dtype of `y`.
 
-    A row block of `W` is `r` rows of `in/r` shards of length `r`; in memory that is one `(r·in/r, r)` matrix, so that
-    all `W[o, k] B[o]` of a linear are one batched product without a permutation. The added `B[o]` is usually the larger
-    part: it is added, and its gradient summed, in the dtype of the block.
+    A broadcast; but groups of few 16-bit values do not fill a vector register, and there a product with `out / m`
+    identities side by side, which adds nothing but the same values, takes a fraction of the time.
     """
-    rows, shards = out_features // r, in_features // r
-    product = torch.bmm(weight.reshape(rows, r * shards, r), block.to(weight.dtype))
-    delta = product.view(rows, r, shards, r) + block.unsqueeze(2)
-    return delta.to(weight.dtype).view(out_features, in_features)
-
-
-def bat_weight(weight: Tensor, base: Tensor, block: Tensor, in_features: int, out_features: int, r: int) -> Tensor:
-    """`weight + ΔW` with `ΔW` computed from `base`, so that several bat adapters do not depend on their order."""
-    return weight + bat_delta(base, block, in_features, out_features, r)
-
-
-def add_bat(y: Tensor, x: Tensor, base: Tensor, block: Tensor, in_features: int, out_features: int, r: int) -> Tensor:
-    """`y + x ΔWᵀ`: a product of its own, since a 16-bit `W + ΔW` would lose updates below half a unit of `W`."""
-    return y + F.linear(x, bat_delta(base, block, in_features, out_features, r))
+    out_features, m = y.shape[-1], update.shape[-1]
+    update = update.to(y.dtype)
+    if y.dtype.itemsize == 2 and m < _VECTOR and update.numel() >= MANY_TOKENS * m:
+        identities = torch.eye(m, dtype=y.dtype, device=y.device).repeat(1, out_features // m)
+        return torch.addmm(y.reshape(-1, out_features), update.reshape(-1, m), identities).view_as(y)
+    return (torch.unflatten(y, -1, (out_features // m, m)) + update.unsqueeze(-2)).flatten(-2)
 
 
 def drop_input(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout on the elements of `x` before the shards are summed."""
-    return F.dropout(x, p, training)
+    return dropout(x, p, training)
 
 
 def features_last(x: Tensor, strides: Sequence[int]) -> Tensor:
@@ -145,7 +154,7 @@ def delta_weight(variant: Variant, block: Tensor, weight: Tensor) -> Tensor:
     out_features, in_features = weight.shape
     d = block.to(weight.dtype)
     if variant == "bat":
-        return bat_delta(weight, d, in_features, out_features, d.shape[-1])
+        return bat_delta(weight, d)
     return add_shard_rows_(torch.zeros_like(weight), shard_rows(d, out_features))
 
 
@@ -178,10 +187,13 @@ def largest_magnitude(tensor: Tensor) -> float:
     return max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
 
 
-# The two functions that look at a dtype stay one node each when the insert pass traces this file: the dtype is known
-# only when the model runs (autocast, a later `.half()`).
+# What looks at a dtype, a size or a mode stays one node when the insert pass traces this file: they are known only when
+# the model runs (autocast, a later `.half()`, decoding).
 torch.fx.wrap("accumulation_dtype")
-torch.fx.wrap("match_dtype")
+torch.fx.wrap("add_product")
+torch.fx.wrap("add_groups")
+torch.fx.wrap("add_bat")
+torch.fx.wrap("dropout")
 
 
 def _divisors(number: int) -> str:
