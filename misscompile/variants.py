@@ -29,7 +29,7 @@ from misscompile.dropout import dropout
 MANY_TOKENS = 64
 """From here on a product over 16-bit tokens is worth a preparation of its own (measured, CPU)."""
 
-_VECTOR = 32
+VECTOR = 32
 """16-bit values in a vector register."""
 
 
@@ -126,7 +126,7 @@ def add_groups(y: Tensor, update: Tensor) -> Tensor:
     """
     out_features, m = y.shape[-1], update.shape[-1]
     update = update.to(y.dtype)
-    if y.dtype.itemsize == 2 and m < _VECTOR and update.numel() >= MANY_TOKENS * m:
+    if y.dtype.itemsize == 2 and m < VECTOR and update.numel() >= MANY_TOKENS * m:
         identities = torch.eye(m, dtype=y.dtype, device=y.device).repeat(1, out_features // m)
         return torch.addmm(y.reshape(-1, out_features), update.reshape(-1, m), identities).view_as(y)
     return (torch.unflatten(y, -1, (out_features // m, m)) + update.unsqueeze(-2)).flatten(-2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Literal
 
-from misscompile.passes.insert import bat_form
+from misscompile.passes.insert import training_form
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -90,7 +90,7 @@ def _status(block: Block, state: OwnerState) -> str:
 
 
 def _step_flops(scope: Scope, block: Block) -> tuple[int, int]:
-    form: cost.Form = bat_form(scope.sites[0], block) if block.variant == "bat" else block.variant
+    form = training_form(scope.sites[0], block)
     sizes = TOKENS, scope.in_features, scope.out_features, block.r, block.mini_r
     return cost.evaluate(cost.BASE_STEP, *sizes), cost.evaluate(cost.STEP[form], *sizes)
 

@@ -85,17 +85,21 @@ def tag_node(node: fx.Node, site: Site, adapter: str | None = None) -> fx.Node:
     return node
 
 
-def bat_form(site: Site, block: Block) -> cost.Form:
-    """Which form a bat block takes at a site in training.
+def training_form(site: Site, block: Block) -> cost.Form:
+    """Which form of `misscompile.cost` a block takes at a site in training, with many tokens.
 
-    A convolution, a part of a fused call and a module that is one node keep their own product beside the update's; with
+    A convolution, a part of a fused call and a module that is one node keep their own product beside that of bat; with
     dropout the update has another input. Elsewhere one product with `W + ΔW` is as exact as two where W has room for
     small updates: not in 16 bits, unless rounding them away was asked for.
     """
+    exact = site.weight_dtype not in _HALF_PRECISION
+    if block.variant == "mini" and not exact and block.mini_r < variants.VECTOR:
+        return "mini by identities"
+    if block.variant != "bat":
+        return block.variant
     plain = site.layout in ("out_in", "in_out") and site.columns is None and site.weight is not None
     if not plain or block.dropout:
         return "bat beside the base"
-    exact = site.weight_dtype not in _HALF_PRECISION
     return "bat one product" if exact or block.round_weight else "bat two products"
 
 
@@ -117,7 +121,7 @@ class _Rewrite:
             strides = self.site.strides
             self.x = self._splice(lambda x: variants.features_last(x, strides), (self.x,), first, self.after)
             self.y = self._splice(lambda y: variants.features_last(y, (1,) * positions), (self.y,), first, self.after)
-        forms = {b: bat_form(self.site, b) for b in self.site.blocks if b.variant == "bat"}
+        forms = {b: training_form(self.site, b) for b in self.site.blocks if b.variant == "bat"}
         replacing = {block: form for block, form in forms.items() if form != "bat beside the base"}
         if replacing:
             self._replace_call(replacing)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from misscompile.passes.find import find_sites
-from misscompile.passes.insert import bat_form, insert_updates
+from misscompile.passes.insert import training_form, insert_updates
 from misscompile.passes.install import generate_forward
 from misscompile.passes.trace import call_opaque, make_opaque, trace_forward
 from support import max_error, reference_delta, rms_error
@@ -241,7 +241,7 @@ def test_bat_is_one_product_where_that_is_exact_or_asked_for(
     scope = traced(owner, b)
     before, bias = scope.sites[0].node.target, scope.sites[0].node
     bias_of = [node for node in bias.all_input_nodes if node.target == "bias"]
-    assert bat_form(scope.sites[0], b) == form
+    assert training_form(scope.sites[0], b) == form
     insert_updates(scope)
     site = scope.sites[0].node
     if form == "bat beside the base":  # the base product stays as it was
