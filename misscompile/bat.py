@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -108,7 +109,7 @@ def _call_product(x: Tensor, weight: Tensor, bias: Tensor | None, two_products: 
 
 
 class _Product(torch.autograd.Function):
-    """`x (W + ΔW)ᵀ + bias` in one product (`two_products` False) or two (True), or `x ΔWᵀ` alone (None); keeps its inputs only."""
+    """`x (W + ΔW)ᵀ + bias` in one product (`two_products` False) or two (True), or `x ΔWᵀ` alone (None)."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, two_products: bool | None, *blocks: Tensor) -> Tensor:
@@ -175,3 +176,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 def _is_transformed() -> bool:
     """Whether a `torch.func` transform runs; there the plain operations are what composes."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+# The choice of a form is made when the model runs: one node where the insert pass traces this file.
+torch.fx.wrap("add_bat")

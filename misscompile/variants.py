@@ -22,7 +22,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from misscompile.bat import add_bat, bat_delta
+from misscompile.bat import bat_delta
 from misscompile.config import Variant
 from misscompile.dropout import dropout
 
@@ -67,6 +67,17 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """dtype in which the shards of `x` are summed for a product in the dtype of `x`.
+
+    torch sums bfloat16 values in float32 and rounds once: what casting the float32 sum gives, without the float32
+    gradient as wide as `x`. Few tokens are multiplied in float32, see `add_product`.
+    """
+    if x.dtype == torch.bfloat16 and x.numel() >= MANY_TOKENS * x.shape[-1]:
+        return x.dtype
+    return accumulation_dtype(x)
+
+
 def match_dtype(s: Tensor, block: Tensor, y: Tensor, terms: int) -> tuple[Tensor, Tensor]:
     """`s` and `block` in the dtype of `y`, for a product with the dtype of the base output.
 
@@ -80,10 +91,13 @@ def match_dtype(s: Tensor, block: Tensor, y: Tensor, terms: int) -> tuple[Tensor
     return s.to(y.dtype), block.to(y.dtype)
 
 
-def sum_shards(x: Tensor, in_features: int, r: int) -> Tensor:
-    """`s[…, j] = Σ_k x[…, k r + j]`, shape `(…, r)`, in `accumulation_dtype(x)`; `x` is neither cast nor padded."""
+def sum_shards(x: Tensor, in_features: int, r: int, as_operand: bool = False) -> Tensor:
+    """`s[…, j] = Σ_k x[…, k r + j]`, shape `(…, r)`, in `accumulation_dtype(x)`; `x` is neither cast nor padded.
+
+    `as_operand` lets the sum have `operand_dtype(x)`, where it is one sum.
+    """
     n, rest = divmod(in_features, r)
-    dtype = accumulation_dtype(x)
+    dtype = operand_dtype(x) if as_operand and rest == 0 else accumulation_dtype(x)
     if rest == 0:
         return torch.unflatten(x, -1, (n, r)).sum(-2, dtype=dtype)
     whole = torch.unflatten(x[..., : n * r], -1, (n, r)).sum(-2, dtype=dtype)
@@ -92,7 +106,7 @@ def sum_shards(x: Tensor, in_features: int, r: int) -> Tensor:
 
 def add_balance(y: Tensor, x: Tensor, block: Tensor, in_features: int, r: int) -> Tensor:
     """`y + s D`: y `(…, out)`, x `(…, in)`, block `(r, out)`; the result has the dtype of `y`."""
-    return add_product(y, sum_shards(x, in_features, r), block, -(-in_features // r))
+    return add_product(y, sum_shards(x, in_features, r, as_operand=True), block, -(-in_features // r))
 
 
 def add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
@@ -103,6 +117,7 @@ def add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
     """
     few = y.dtype.itemsize == 2 and s.numel() < MANY_TOKENS * s.shape[-1]
     if few or (y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type)):
+        s = s.to(accumulation_dtype(s))
         return y + (s @ block.to(s.dtype)).to(y.dtype)
     s, d = match_dtype(s, block, y, terms)
     return torch.addmm(y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), d).view_as(y)
@@ -190,9 +205,9 @@ def largest_magnitude(tensor: Tensor) -> float:
 # What looks at a dtype, a size or a mode stays one node when the insert pass traces this file: they are known only when
 # the model runs (autocast, a later `.half()`, decoding).
 torch.fx.wrap("accumulation_dtype")
+torch.fx.wrap("operand_dtype")
 torch.fx.wrap("add_product")
 torch.fx.wrap("add_groups")
-torch.fx.wrap("add_bat")
 torch.fx.wrap("dropout")
 
 

@@ -17,14 +17,13 @@ The operations are those of `misscompile.variants` and `misscompile.bat`, traced
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from misscompile import cost, variants
-from misscompile.bat import bat_linear
+from misscompile import bat, cost, variants
 from misscompile.errors import UnsupportedModuleError
 from misscompile.plan import Block, ModelScope, Scope, Site
 
@@ -132,14 +131,14 @@ class _Rewrite:
             self.y = self._splice(lambda y: variants.features_first(y, positions), (self.y,), first, self.after)
         return self.y
 
-    def _replace_call(self, forms: dict[Block, cost.Form]) -> None:
+    def _replace_call(self, forms: Mapping[Block, cost.Form]) -> None:
         """The node stays where it is and keeps its name, so that what was said of it holds."""
         site, node = self.site, self.site.node
         bias = next((operand for operand in node.all_input_nodes if operand not in (site.x, site.weight)), None)
         weight, parameters = self._weight(next(iter(forms))), [self._parameter(block) for block in forms]
         few_tokens = min(cost.few_tokens(form, block.r) for block, form in forms.items())
         two_products = "bat two products" in forms.values()
-        node.op, node.target = "call_function", bat_linear
+        node.op, node.target = "call_function", bat.bat_linear
         node.args, node.kwargs = (site.x, weight, bias, parameters, two_products, few_tokens), {}
 
     def _add_to_output(self, block: Block) -> None:
@@ -148,7 +147,7 @@ class _Rewrite:
         operands: tuple[fx.Node, ...] = (self.y, x, parameter)
         rule: Callable[..., Any]
         if block.variant == "bat":
-            rule = lambda y, x, b, weight: variants.add_bat(y, x, weight, b)  # noqa: E731
+            rule = lambda y, x, b, weight: bat.add_bat(y, x, weight, b)  # noqa: E731
             operands = (*operands, self._weight(block))
         elif block.variant == "mini":
             rule = lambda y, x, d: variants.add_mini(y, x, d, in_features, r)  # noqa: E731

@@ -161,9 +161,9 @@ CODE = text("""
         bias = self.bias
         miss_block_a = self.miss_block_a
         linear = torch._C._nn.linear(input_1, weight, bias);  weight = bias = None
-        accumulation_dtype = misscompile_variants_accumulation_dtype(input_1)
+        operand_dtype = misscompile_variants_operand_dtype(input_1)
         unflatten = torch.unflatten(input_1, -1, (3, 4));  input_1 = None
-        sum_1 = unflatten.sum(-2, dtype = accumulation_dtype);  unflatten = accumulation_dtype = None
+        sum_1 = unflatten.sum(-2, dtype = operand_dtype);  unflatten = operand_dtype = None
         add_product = misscompile_variants_add_product(linear, sum_1, miss_block_a, 3);  linear = sum_1 = miss_block_a = None
         return add_product
 """)
