@@ -166,7 +166,7 @@ def features_first(y: Tensor, positions: int) -> Tensor:
 
 def delta_weight(variant: Variant, block: Tensor, weight: Tensor) -> Tensor:
     """`ΔW (out, in)` of any variant for the merge, in the dtype of `weight (out, in)`, which should be float32 or wider."""
-    out_features, in_features = weight.shape
+    out_features, _ = weight.shape
     d = block.to(weight.dtype)
     if variant == "bat":
         return bat_delta(weight, d)
