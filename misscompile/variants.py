@@ -142,9 +142,8 @@ def add_groups(y: Tensor, update: Tensor) -> Tensor:
     out_features, m = y.shape[-1], update.shape[-1]
     update = update.to(y.dtype)
     if y.dtype.itemsize == 2 and m < VECTOR and update.numel() >= MANY_TOKENS * m:
-        identities = (
-            torch.eye(m, dtype=y.dtype, device=y.device).repeat(out_features // m, 1).t()
-        )  # so laid for the backward
+        # (out, m) in memory: the layout that the product of the backward reads
+        identities = torch.eye(m, dtype=y.dtype, device=y.device).repeat(out_features // m, 1).t()
         return torch.addmm(y.reshape(-1, out_features), update.reshape(-1, m), identities).view_as(y)
     return (torch.unflatten(y, -1, (out_features // m, m)) + update.unsqueeze(-2)).flatten(-2)
 
