@@ -99,6 +99,7 @@ def load_adapter(
     is_trainable: bool = False,
     *,
     low_cpu_mem_usage: bool = False,
+    round_bat_weight: bool = False,
     revision: str | None = None,
 ) -> WholeGraph: ...
 
@@ -111,6 +112,7 @@ def load_adapter(
     is_trainable: bool = False,
     *,
     low_cpu_mem_usage: bool = False,
+    round_bat_weight: bool = False,
     revision: str | None = None,
 ) -> M: ...
 
@@ -122,6 +124,7 @@ def load_adapter(
     is_trainable: bool = False,
     *,
     low_cpu_mem_usage: bool = False,
+    round_bat_weight: bool = False,
     revision: str | None = None,
 ) -> Any:
     """Put a saved adapter on `model` in place, of a graph on a new one, and make it the active one.
@@ -133,6 +136,7 @@ def load_adapter(
         adapter_name: the name it gets here; not in use on this model.
         is_trainable: let its blocks require gradients.
         low_cpu_mem_usage: use the memory-mapped values of the file where device and dtype allow it, without a copy.
+        round_bat_weight: as in `misscompile.adapt`.
         revision: branch, tag or commit of a Hub repository.
 
     Returns:
@@ -156,7 +160,7 @@ def load_adapter(
         add_containers(root, per_call_site)
     keys = sort_keys(root, weights, header)
     try:
-        plan = make_plan(root, config, adapter_name, per_call_site)
+        plan = make_plan(root, config, adapter_name, per_call_site, round_bat_weight)
     except MissError as error:
         raise CheckpointError(f"{path}: the adapter does not fit this model: {error}") from error
     _check_blocks(weights, plan, keys)

@@ -26,6 +26,8 @@ class Block:
     r: int
     mini_r: int
     dropout: float
+    round_weight: bool = False
+    """bat on a 16-bit weight: one product with the rounded `W + ΔW`."""
 
     @property
     def parameter(self) -> str:

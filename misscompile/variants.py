@@ -22,7 +22,15 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
+from misscompile.bat import bat_delta
 from misscompile.config import Variant
+from misscompile.dropout import dropout
+
+MANY_TOKENS = 64
+"""From here on a product over 16-bit tokens is worth a preparation of its own (measured, CPU)."""
+
+VECTOR = 32
+"""16-bit values in a vector register."""
 
 
 def block_shape(variant: Variant, r: int, mini_r: int, in_features: int, out_features: int) -> tuple[int, ...]:
@@ -59,6 +67,17 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """dtype in which the shards of `x` are summed for a product in the dtype of `x`.
+
+    torch sums bfloat16 values in float32 and rounds once: what casting the float32 sum gives, without the float32
+    gradient as wide as `x`. Few tokens are multiplied in float32, see `add_product`.
+    """
+    if x.dtype == torch.bfloat16 and x.numel() >= MANY_TOKENS * x.shape[-1]:
+        return x.dtype
+    return accumulation_dtype(x)
+
+
 def match_dtype(s: Tensor, block: Tensor, y: Tensor, terms: int) -> tuple[Tensor, Tensor]:
     """`s` and `block` in the dtype of `y`, for a product with the dtype of the base output.
 
@@ -72,10 +91,13 @@ def match_dtype(s: Tensor, block: Tensor, y: Tensor, terms: int) -> tuple[Tensor
     return s.to(y.dtype), block.to(y.dtype)
 
 
-def sum_shards(x: Tensor, in_features: int, r: int) -> Tensor:
-    """`s[…, j] = Σ_k x[…, k r + j]`, shape `(…, r)`, in `accumulation_dtype(x)`; `x` is neither cast nor padded."""
+def sum_shards(x: Tensor, in_features: int, r: int, as_operand: bool = False) -> Tensor:
+    """`s[…, j] = Σ_k x[…, k r + j]`, shape `(…, r)`, in `accumulation_dtype(x)`; `x` is neither cast nor padded.
+
+    `as_operand` lets the sum have `operand_dtype(x)`, where it is one sum.
+    """
     n, rest = divmod(in_features, r)
-    dtype = accumulation_dtype(x)
+    dtype = operand_dtype(x) if as_operand and rest == 0 else accumulation_dtype(x)
     if rest == 0:
         return torch.unflatten(x, -1, (n, r)).sum(-2, dtype=dtype)
     whole = torch.unflatten(x[..., : n * r], -1, (n, r)).sum(-2, dtype=dtype)
@@ -84,48 +106,51 @@ def sum_shards(x: Tensor, in_features: int, r: int) -> Tensor:
 
 def add_balance(y: Tensor, x: Tensor, block: Tensor, in_features: int, r: int) -> Tensor:
     """`y + s D`: y `(…, out)`, x `(…, in)`, block `(r, out)`; the result has the dtype of `y`."""
-    s, d = match_dtype(sum_shards(x, in_features, r), block, y, -(-in_features // r))
-    return y + s @ d
+    return add_product(y, sum_shards(x, in_features, r, as_operand=True), block, -(-in_features // r))
 
 
-def add_mini(y: Tensor, x: Tensor, block: Tensor, in_features: int, out_features: int, r: int, mini_r: int) -> Tensor:
-    """`y + s D`, the `m` columns of `s D` broadcast over the `out / m` groups of `y`; block `(r, m)`.
+def add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
+    """`y + s D`, the product accumulated on the base output; `terms` is the number of shards in a sum.
+
+    For few tokens a 16-bit copy of the block costs more than a product in the block's own precision. Under autocast
+    `addmm` would round a wider `y` to the dtype of the region.
+    """
+    few = y.dtype.itemsize == 2 and s.numel() < MANY_TOKENS * s.shape[-1]
+    if few or (y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type)):
+        s = s.to(accumulation_dtype(s))
+        return y + (s @ block.to(s.dtype)).to(y.dtype)
+    s, d = match_dtype(s, block, y, terms)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), d).view_as(y)
+
+
+def add_mini(y: Tensor, x: Tensor, block: Tensor, in_features: int, r: int) -> Tensor:
+    """`y + s D`, the `m` columns of `s D` added to each of the `out / m` groups of `y`; block `(r, m)`.
 
     The product is so small that it stays in the dtype of the sum: a 16-bit one would round the gradient of the block,
     in which every output takes part.
     """
     s = sum_shards(x, in_features, r)
-    update = (s @ block.to(s.dtype)).to(y.dtype)
-    grouped = torch.unflatten(y, -1, (out_features // mini_r, mini_r)) + update.unsqueeze(-2)
-    return grouped.flatten(-2)
+    return add_groups(y, s @ block.to(s.dtype))
 
 
-def bat_delta(weight: Tensor, block: Tensor, in_features: int, out_features: int, r: int) -> Tensor:
-    """`ΔW (out, in)` of bat from `weight (out, in)` and `block (out/r, r, r)`, in the dtype of `weight`.
+def add_groups(y: Tensor, update: Tensor) -> Tensor:
+    """`y (…, out)` with `update (…, m)` added to each group of `m` outputs, in the dtype of `y`.
 
-    A row block of `W` is `r` rows of `in/r` shards of length `r`; in memory that is one `(r·in/r, r)` matrix, so that
-    all `W[o, k] B[o]` of a linear are one batched product without a permutation. The added `B[o]` is usually the larger
-    part: it is added, and its gradient summed, in the dtype of the block.
+    A broadcast; but groups of few 16-bit values do not fill a vector register, and there a product with `out / m`
+    identities side by side, which adds nothing but the same values, takes a fraction of the time.
     """
-    rows, shards = out_features // r, in_features // r
-    product = torch.bmm(weight.reshape(rows, r * shards, r), block.to(weight.dtype))
-    delta = product.view(rows, r, shards, r) + block.unsqueeze(2)
-    return delta.to(weight.dtype).view(out_features, in_features)
-
-
-def bat_weight(weight: Tensor, base: Tensor, block: Tensor, in_features: int, out_features: int, r: int) -> Tensor:
-    """`weight + ΔW` with `ΔW` computed from `base`, so that several bat adapters do not depend on their order."""
-    return weight + bat_delta(base, block, in_features, out_features, r)
-
-
-def add_bat(y: Tensor, x: Tensor, base: Tensor, block: Tensor, in_features: int, out_features: int, r: int) -> Tensor:
-    """`y + x ΔWᵀ`: a product of its own, since a 16-bit `W + ΔW` would lose updates below half a unit of `W`."""
-    return y + F.linear(x, bat_delta(base, block, in_features, out_features, r))
+    out_features, m = y.shape[-1], update.shape[-1]
+    update = update.to(y.dtype)
+    if y.dtype.itemsize == 2 and m < VECTOR and update.numel() >= MANY_TOKENS * m:
+        # (out, m) in memory: the layout that the product of the backward reads
+        identities = torch.eye(m, dtype=y.dtype, device=y.device).repeat(out_features // m, 1).t()
+        return torch.addmm(y.reshape(-1, out_features), update.reshape(-1, m), identities).view_as(y)
+    return (torch.unflatten(y, -1, (out_features // m, m)) + update.unsqueeze(-2)).flatten(-2)
 
 
 def drop_input(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout on the elements of `x` before the shards are summed."""
-    return F.dropout(x, p, training)
+    return dropout(x, p, training)
 
 
 def features_last(x: Tensor, strides: Sequence[int]) -> Tensor:
@@ -142,10 +167,10 @@ def features_first(y: Tensor, positions: int) -> Tensor:
 
 def delta_weight(variant: Variant, block: Tensor, weight: Tensor) -> Tensor:
     """`ΔW (out, in)` of any variant for the merge, in the dtype of `weight (out, in)`, which should be float32 or wider."""
-    out_features, in_features = weight.shape
+    out_features, _ = weight.shape
     d = block.to(weight.dtype)
     if variant == "bat":
-        return bat_delta(weight, d, in_features, out_features, d.shape[-1])
+        return bat_delta(weight, d)
     return add_shard_rows_(torch.zeros_like(weight), shard_rows(d, out_features))
 
 
@@ -178,10 +203,13 @@ def largest_magnitude(tensor: Tensor) -> float:
     return max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
 
 
-# The two functions that look at a dtype stay one node each when the insert pass traces this file: the dtype is known
-# only when the model runs (autocast, a later `.half()`).
+# What looks at a dtype, a size or a mode stays one node when the insert pass traces this file: they are known only when
+# the model runs (autocast, a later `.half()`, decoding).
 torch.fx.wrap("accumulation_dtype")
-torch.fx.wrap("match_dtype")
+torch.fx.wrap("operand_dtype")
+torch.fx.wrap("add_product")
+torch.fx.wrap("add_groups")
+torch.fx.wrap("dropout")
 
 
 def _divisors(number: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Literal
 
-from misscompile.passes.insert import folds_into_weight
+from misscompile.passes.insert import training_form
 from misscompile.passes.install import readable_code
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -115,11 +115,7 @@ def _describe(owner: nn.Module, state: OwnerState, calls: list[Site]) -> tuple[s
 
 
 def _step_flops(site: Site, block: Block) -> tuple[int, int]:
-    form: cost.Form
-    if block.variant == "bat":
-        form = "bat one product" if folds_into_weight(site, block) else "bat two products"
-    else:
-        form = block.variant
+    form = training_form(site, block)
     sizes = TOKENS, site.in_features, site.out_features, block.r, block.mini_r
     return cost.evaluate(cost.BASE_STEP, *sizes), cost.evaluate(cost.STEP[form], *sizes)
 

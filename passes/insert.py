@@ -1,29 +1,29 @@
 """Insert the updates of the active blocks at every site of a scope.
 
-balance (mini alike, its product broadcast over groups of the output):
+balance (mini alike, its product added to groups of the output):
 
     y = F.linear(x, W, b)      ->   y = F.linear(x, W, b)
                                     s = x.unflatten(-1, (n, r)).sum(-2)
-                                    z = y + s @ D
+                                    z = add_product(y, s, D)
 
-bat on float32 and float64 weights, and bat on 16-bit weights or with dropout:
+bat, and bat with dropout, which acts on the input of the update alone:
 
-    y = F.linear(x, W, b)      ->   y = F.linear(x, W + bat_delta(W, B), b)
-    y = F.linear(x, W, b)      ->   z = F.linear(x, W, b) + F.linear(x, bat_delta(W, B))
+    y = F.linear(x, W, b)      ->   y = bat_linear(x, W, b, [B])
+    y = F.linear(x, W, b)      ->   z = add_bat(F.linear(x, W, b), dropout(x), W, B)
 
-The operations are those of `misscompile.variants`, traced with the site's numbers and spliced in.
+The operations are those of `misscompile.variants` and `misscompile.bat`, traced with the site's numbers and spliced in.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from misscompile import variants
+from misscompile import bat, cost, variants
 from misscompile.errors import UnsupportedModuleError
 from misscompile.plan import Block, ModelScope, Scope, Site
 
@@ -84,13 +84,22 @@ def tag_node(node: fx.Node, site: Site, adapter: str | None = None) -> fx.Node:
     return node
 
 
-def folds_into_weight(site: Site, block: Block) -> bool:
-    """Whether bat is one product with `W + ΔW`: as exact as two where W has room for small updates, and cheaper.
+def training_form(site: Site, block: Block) -> cost.Form:
+    """Which form of `misscompile.cost` a block takes at a site in training, with many tokens.
 
-    A convolution, a part of a fused call and a module that is one node keep their own product.
+    A convolution, a part of a fused call and a module that is one node keep their own product beside that of bat; with
+    dropout the update has another input. Elsewhere one product with `W + ΔW` is as exact as two where W has room for
+    small updates: not in 16 bits, unless rounding them away was asked for.
     """
+    exact = site.weight_dtype not in _HALF_PRECISION
+    if block.variant == "mini" and not exact and block.mini_r < variants.VECTOR:
+        return "mini by identities"
+    if block.variant != "bat":
+        return block.variant
     plain = site.layout in ("out_in", "in_out") and site.columns is None and site.weight is not None
-    return plain and block.dropout == 0.0 and site.weight_dtype not in _HALF_PRECISION
+    if not plain or block.dropout:
+        return "bat beside the base"
+    return "bat one product" if exact or block.round_weight else "bat two products"
 
 
 class _Rewrite:
@@ -111,40 +120,37 @@ class _Rewrite:
             strides = self.site.strides
             self.x = self._splice(lambda x: variants.features_last(x, strides), (self.x,), first, self.after)
             self.y = self._splice(lambda y: variants.features_last(y, (1,) * positions), (self.y,), first, self.after)
-        effective: fx.Node | None = None
+        forms = {b: training_form(self.site, b) for b in self.site.blocks if b.variant == "bat"}
+        replacing = {block: form for block, form in forms.items() if form != "bat beside the base"}
+        if replacing:
+            self._replace_call(replacing)
         for block in self.site.blocks:
-            if block.variant == "bat" and folds_into_weight(self.site, block):
-                effective = self._grow_weight(effective, block)
-            else:
+            if block not in replacing:
                 self._add_to_output(block)
-        if effective is not None:
-            self._replace_weight(effective)
         if convolution:
             self.y = self._splice(lambda y: variants.features_first(y, positions), (self.y,), first, self.after)
         return self.y
 
-    def _grow_weight(self, effective: fx.Node | None, block: Block) -> fx.Node:
-        sizes = self.site.in_features, self.site.out_features, block.r
-        base, parameter = self._weight(block), self._parameter(block)
-        rule = lambda weight, base, b: variants.bat_weight(weight, base, b, *sizes)  # noqa: E731
-        return self._splice(rule, (effective or base, base, parameter), block, self.site.node)
-
-    def _replace_weight(self, effective: fx.Node) -> None:
-        assert self.site.weight is not None
-        if self.site.layout == "in_out":
-            effective = self._transpose(effective, self.site.blocks[-1])
-        self.site.node.replace_input_with(self.site.weight, effective)
+    def _replace_call(self, forms: Mapping[Block, cost.Form]) -> None:
+        """The node stays where it is and keeps its name, so that what was said of it holds."""
+        site, node = self.site, self.site.node
+        bias = next((operand for operand in node.all_input_nodes if operand not in (site.x, site.weight)), None)
+        weight, parameters = self._weight(next(iter(forms))), [self._parameter(block) for block in forms]
+        few_tokens = min(cost.few_tokens(form, block.r) for block, form in forms.items())
+        two_products = "bat two products" in forms.values()
+        node.op, node.target = "call_function", bat.bat_linear
+        node.args, node.kwargs = (site.x, weight, bias, parameters, two_products, few_tokens), {}
 
     def _add_to_output(self, block: Block) -> None:
-        in_features, out_features, r, mini_r = self.site.in_features, self.site.out_features, block.r, block.mini_r
+        in_features, r = self.site.in_features, block.r
         x, parameter = self._dropped_input(block), self._parameter(block)
         operands: tuple[fx.Node, ...] = (self.y, x, parameter)
         rule: Callable[..., Any]
         if block.variant == "bat":
-            rule = lambda y, x, b, weight: variants.add_bat(y, x, weight, b, in_features, out_features, r)  # noqa: E731
+            rule = lambda y, x, b, weight: bat.add_bat(y, x, weight, b)  # noqa: E731
             operands = (*operands, self._weight(block))
         elif block.variant == "mini":
-            rule = lambda y, x, d: variants.add_mini(y, x, d, in_features, out_features, r, mini_r)  # noqa: E731
+            rule = lambda y, x, d: variants.add_mini(y, x, d, in_features, r)  # noqa: E731
         else:
             rule = lambda y, x, d: variants.add_balance(y, x, d, in_features, r)  # noqa: E731
         self.y = self._splice(rule, operands, block, self.after)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from misscompile import variants
+from misscompile.bat import bat_delta
 from misscompile.errors import MergeError
 from misscompile.plan import Block
 
@@ -99,6 +100,6 @@ def fold_in_place(stored: Tensor, blocks: Sequence[tuple[Block, Tensor]], transp
             elif bat is not None:
                 r = bat.shape[-1]
                 own = bat[start // r : (start + len(part)) // r]
-                merged += variants.bat_delta(base, own, in_features, len(part), r)
+                merged += bat_delta(base, own)
         if buffer is not None:
             part.copy_(merged)

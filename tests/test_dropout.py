@@ -1,0 +1,137 @@
+"""Dropout without a kept mask: the numbers, the gradients and the random stream of `F.dropout`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import tiny_llama, token_batch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import misscompile as mc
+from misscompile.dropout import dropout
+
+
+def sample(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*(shape or (50, 12))).to(dtype).requires_grad_()
+
+
+def run(function: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, gradient and the next random number."""
+    torch.manual_seed(3)
+    y = function(x, *args)
+    upstream = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    (gradient,) = torch.autograd.grad(y, x, upstream)
+    return y, gradient, torch.rand(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(50, 12), (3, 7, 12), (12,), (0, 12)])
+def test_equals_dropout_and_leaves_the_stream_where_it_does(
+    dtype: torch.dtype, p: float, training: bool, shape: tuple[int, ...]
+) -> None:
+    x = sample(*shape, dtype=dtype)
+    for ours, theirs in zip(run(dropout, x, p, training), run(F.dropout, x, p, training), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_other_memory_orders_get_the_same_mask_back() -> None:
+    x = torch.randn(12, 50).t().requires_grad_()
+    for ours, theirs in zip(run(dropout, x, 0.5, True), run(F.dropout, x, 0.5, True), strict=True):
+        assert torch.equal(ours, theirs)
+    y = dropout(leaf := sample(), 0.5, True)
+    upstream = torch.randn(12, 50).t()
+    (gradient,) = torch.autograd.grad(y, leaf, upstream)
+    assert torch.equal(gradient, torch.where(y != 0, upstream / 0.5, torch.zeros(())))
+
+
+def test_keeps_the_state_of_the_generator_and_nothing_else() -> None:
+    kept: list[int] = []
+    x = sample(4096, 64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        dropout(x, 0.5, True)
+    assert kept == [torch.get_rng_state().nbytes]
+
+
+def test_backward_later_and_in_another_order() -> None:
+    """Whatever is drawn in between, each backward finds the mask of its forward, twice if asked."""
+    x, z = sample(), sample()
+    first, second = dropout(x, 0.5, True), dropout(z, 0.5, True)
+    torch.rand(1000)
+    before = torch.get_rng_state()
+    for y, leaf in ((second, z), (first, x), (first, x)):
+        (gradient,) = torch.autograd.grad(y.sum(), leaf, retain_graph=True)
+        assert torch.equal(gradient != 0, y != 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gradients_of_gradients() -> None:
+    x = sample(5, 4, dtype=torch.float64)
+
+    def seeded(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return dropout(x * x, 0.5, True)
+
+    assert torch.autograd.gradcheck(seeded, (x,))
+    assert torch.autograd.gradgradcheck(seeded, (x,))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant: bool) -> None:
+    x = sample()
+
+    def direct(x: Tensor) -> Tensor:
+        return dropout(dropout(x, 0.5, True).sin(), 0.3, True)
+
+    def again(x: Tensor) -> Tensor:
+        return checkpoint(direct, x, use_reentrant=use_reentrant)
+
+    results = []
+    for function in (direct, again):
+        torch.manual_seed(3)
+        leaf = x.detach().clone().requires_grad_()
+        y = function(leaf)
+        y.square().sum().backward()
+        results.append((y, leaf.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_function_transforms_and_compile_use_dropout_itself() -> None:
+    x = sample()
+    each = torch.func.vmap(lambda row: dropout(row, 0.5, True), randomness="different")(x.detach())
+    assert 0.2 < float((each == 0).float().mean()) < 0.8
+    gradient = torch.func.grad(lambda x: dropout(x, 0.5, True).sum())(x.detach())
+    assert set(gradient.unique().tolist()) == {0.0, 2.0}
+    compiled = torch.compile(lambda x: dropout(x, 0.5, True), backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient != 0, y != 0)
+
+
+def test_a_model_keeps_little_more_for_dropout() -> None:
+    """A state for each site; a mask would be as large as its input."""
+
+    def kept(p: float) -> int:
+        model = mc.adapt(tiny_llama(), mc.MissConfig(r=4, target_modules="all-linear", miss_dropout=p)).train()
+        known = {t.untyped_storage().data_ptr(): 0 for t in model.parameters()}
+        alive = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            alive.append(tensor)
+            known.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+            return tensor
+
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda m, args, y: y.requires_grad_())
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(input_ids=token_batch(4, 60))
+        return sum(known.values())
+
+    sites = 14
+    assert kept(0.1) == kept(0.0) + sites * torch.get_rng_state().nbytes
