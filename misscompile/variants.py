@@ -71,8 +71,11 @@ def operand_dtype(x: Tensor) -> torch.dtype:
     """dtype in which the shards of `x` are summed for a product in the dtype of `x`.
 
     torch sums bfloat16 values in float32 and rounds once: what casting the float32 sum gives, without the float32
-    gradient as wide as `x`. Few tokens are multiplied in float32, see `add_product`.
+    gradient as wide as `x`. Few tokens are multiplied in float32, see `add_product`. Inductor puts a float32 sum into the
+    kernel of what produces `x`, and a bfloat16 one beside it.
     """
+    if torch.compiler.is_compiling():
+        return accumulation_dtype(x)
     if x.dtype == torch.bfloat16 and x.numel() >= MANY_TOKENS * x.shape[-1]:
         return x.dtype
     return accumulation_dtype(x)
@@ -104,11 +107,6 @@ def sum_shards(x: Tensor, in_features: int, r: int, as_operand: bool = False) ->
     return whole + F.pad(x[..., n * r :], (0, r - rest))
 
 
-def add_balance(y: Tensor, x: Tensor, block: Tensor, in_features: int, r: int) -> Tensor:
-    """`y + s D`: y `(…, out)`, x `(…, in)`, block `(r, out)`; the result has the dtype of `y`."""
-    return add_product(y, sum_shards(x, in_features, r, as_operand=True), block, -(-in_features // r))
-
-
 def add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
     """`y + s D`, the product accumulated on the base output; `terms` is the number of shards in a sum.
 
@@ -123,13 +121,12 @@ def add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
     return torch.addmm(y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), d).view_as(y)
 
 
-def add_mini(y: Tensor, x: Tensor, block: Tensor, in_features: int, r: int) -> Tensor:
+def add_mini(y: Tensor, s: Tensor, block: Tensor) -> Tensor:
     """`y + s D`, the `m` columns of `s D` added to each of the `out / m` groups of `y`; block `(r, m)`.
 
     The product is so small that it stays in the dtype of the sum: a 16-bit one would round the gradient of the block,
     in which every output takes part.
     """
-    s = sum_shards(x, in_features, r)
     return add_groups(y, s @ block.to(s.dtype))
 
 

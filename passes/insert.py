@@ -2,8 +2,8 @@
 
 balance (mini alike, its product added to groups of the output):
 
-    y = F.linear(x, W, b)      ->   y = F.linear(x, W, b)
-                                    s = x.unflatten(-1, (n, r)).sum(-2)
+    y = F.linear(x, W, b)      ->   s = x.unflatten(-1, (n, r)).sum(-2)
+                                    y = F.linear(x, W, b)
                                     z = add_product(y, s, D)
 
 bat, and bat with dropout, which acts on the input of the update alone:
@@ -118,7 +118,7 @@ class _Rewrite:
         positions = len(self.site.strides)
         if convolution:
             strides = self.site.strides
-            self.x = self._splice(lambda x: variants.features_last(x, strides), (self.x,), first, self.after)
+            self.x = self._splice(lambda x: variants.features_last(x, strides), (self.x,), first, self.site.node)
             self.y = self._splice(lambda y: variants.features_last(y, (1,) * positions), (self.y,), first, self.after)
         forms = {b: training_form(self.site, b) for b in self.site.blocks if b.variant == "bat"}
         replacing = {block: form for block, form in forms.items() if form != "bat beside the base"}
@@ -142,18 +142,22 @@ class _Rewrite:
         node.args, node.kwargs = (site.x, weight, bias, parameters, two_products, few_tokens), {}
 
     def _add_to_output(self, block: Block) -> None:
+        """Add the update of a block to the output.
+
+        The shards are summed in front of the base product: there `x` is still in the cache, and Inductor, which makes a
+        kernel of what stands between two products, sums them where `x` is made.
+        """
         in_features, r = self.site.in_features, block.r
         x, parameter = self._dropped_input(block), self._parameter(block)
-        operands: tuple[fx.Node, ...] = (self.y, x, parameter)
-        rule: Callable[..., Any]
         if block.variant == "bat":
-            rule = lambda y, x, b, weight: bat.add_bat(y, x, weight, b)  # noqa: E731
-            operands = (*operands, self._weight(block))
-        elif block.variant == "mini":
-            rule = lambda y, x, d: variants.add_mini(y, x, d, in_features, r)  # noqa: E731
-        else:
-            rule = lambda y, x, d: variants.add_balance(y, x, d, in_features, r)  # noqa: E731
-        self.y = self._splice(rule, operands, block, self.after)
+            operands = (self.y, x, parameter, self._weight(block))
+            self.y = self._splice(lambda y, x, b, weight: bat.add_bat(y, x, weight, b), operands, block, self.after)
+            return
+        mini = block.variant == "mini"
+        summed = self._splice(lambda x: variants.sum_shards(x, in_features, r, not mini), (x,), block, self.site.node)
+        terms = -(-in_features // r)
+        rule: Callable[..., Any] = variants.add_mini if mini else lambda y, s, d: variants.add_product(y, s, d, terms)
+        self.y = self._splice(rule, (self.y, summed, parameter), block, self.after)
 
     def _dropped_input(self, block: Block) -> fx.Node:
         if not block.dropout:
@@ -162,7 +166,7 @@ class _Rewrite:
             with self.graph.inserting_before(self.site.node):
                 self.training = self._tag(self.graph.get_attr("training"), block)
         rule = lambda x, training: variants.drop_input(x, block.dropout, training)  # noqa: E731
-        return self._splice(rule, (self.x, self.training), block, self.after)
+        return self._splice(rule, (self.x, self.training), block, self.site.node)
 
     def _weight(self, block: Block) -> fx.Node:
         """The base weight as `(out, in)`."""
