@@ -91,6 +91,7 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], View]] = {
         lambda w: w.flatten(1),
     ),
     "nn.Conv2d stride 2": (lambda: module(lambda: nn.Conv2d(IN, OUT, 1, stride=2)), (2, IN, 5, 6), lambda w: w.flatten(1)),
+    "nn.Conv2d same": (lambda: module(lambda: nn.Conv2d(IN, OUT, 1, padding="same")), (2, IN, 4, 5), lambda w: w.flatten(1)),
     "nn.Conv2d unbatched": (lambda: module(lambda: nn.Conv2d(IN, OUT, 1)), (IN, 4, 5), lambda w: w.flatten(1)),
     "nn.Conv3d": (lambda: module(lambda: nn.Conv3d(IN, OUT, 1)), (2, IN, 2, 3, 4), lambda w: w.flatten(1)),
 }
