@@ -31,7 +31,10 @@ from misscompile.plan import Layout, ModelScope, Refusal, Site, Step, WeightPath
 aten = torch.ops.aten
 
 _FUSED_KERNELS = {aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default}
-_STACKED_PRODUCTS = {torch.bmm, aten.bmm.default, aten._grouped_mm.default, "bmm", "baddbmm", aten.baddbmm.default}
+_STACKED_PRODUCTS = {
+    *(torch.bmm, torch.baddbmm, "bmm", "baddbmm"),
+    *(aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default),
+}
 _GRADIENT_STOPS = {
     *(aten.detach.default, aten.detach_.default, torch.detach, "detach", "item", "tolist", "numpy"),
     *(torch.argmax, torch.argmin, "argmax", "argmin", "long", "int", "bool"),
