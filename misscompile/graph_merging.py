@@ -189,8 +189,12 @@ def _unshare(root: WholeGraph, graph: fx.Graph, site: Site, fold: GraphFold, mer
 
 def _drop_unread(root: WholeGraph, graph: fx.Graph, parameters: set[str]) -> None:
     """Remove weights that no call reads any more, and the views of them."""
+    views = {node for node in graph.nodes if node.op == "get_attr" and node.target in parameters}
+    for node in graph.nodes:
+        if passes_weight(node) and node.all_input_nodes[0] in views:
+            views.add(node)
     for node in reversed(list(graph.nodes)):
-        if not node.users and (passes_weight(node) or (node.op == "get_attr" and node.target in parameters)):
+        if node in views and not node.users:
             graph.erase_node(node)
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     read |= {f"{node.target}.weight" for node in graph.nodes if node.op == "call_module"}

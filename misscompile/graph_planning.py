@@ -93,7 +93,7 @@ def _targets(root: WholeGraph, name: str, calls: list[Site], block: Block, per_c
 
 
 def _inside(name: str, calls: Collection[str]) -> str:
-    inside = [call for call in calls if call.startswith(f"{name}.")]
+    inside = [call for call in calls if call.startswith((f"{name}.", f"{name}#"))]
     return f" (linears inside: {', '.join(inside[:5])})" if inside else ""
 
 
