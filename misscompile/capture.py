@@ -62,7 +62,10 @@ def capture(
     asked = None
     if dynamic_shapes is None:
         asked = _default_dynamic(args, named)
-        dynamic_shapes = asked.dynamic_shapes(root, args, named)  # type: ignore[no-untyped-call]
+        try:
+            dynamic_shapes = asked.dynamic_shapes(root, args, named)  # type: ignore[no-untyped-call]
+        except TypeError as error:
+            raise ArgumentError(f"args, kwargs: they do not fit {type(root).__name__}.forward: {error}.") from error
     with _ready_for_export(root):
         module = _export(root, args, named, dynamic_shapes)
         graph = copy_nodes(module.graph)
@@ -124,8 +127,8 @@ def _tell_fixed(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if not isinstance(held, Tensor) or not isinstance(value, Tensor) or not value.dim():
             continue
         for dim in _dynamic_dims(value):
-            if isinstance(held.shape[dim], int):
-                size = int(held.shape[dim])
+            size = held.shape[dim] if isinstance(held.shape[dim], int) else held.shape[dim].node.maybe_as_int()
+            if size is not None:
                 why = "give an example of 2 or more" if size == 1 else "the model fixes it"
                 fixed.append(f"dimension {dim} of {node.name} is fixed at {size} ({why})")
     if fixed:
