@@ -15,8 +15,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from misscompile.errors import ArgumentError, CaptureError, MissWarning, StateError
-from misscompile.graphs import RECORD, GraphRecord, WholeGraph, copy_graph, copy_nodes
+from misscompile.graphs import RECORD, GraphRecord, WholeGraph, copy_graph, copy_nodes, keep_persistence
 from misscompile.passes.follow_mode import follow_mode
+from misscompile.passes.inline import inline_regions
 from misscompile.state import named_modules, owners, unwrap_model
 
 _TORCH = os.path.dirname(torch.__file__)
@@ -74,6 +75,7 @@ def capture(
     follows = follow_mode(*(graph, other) if root.training else (other, graph))
     graph = other if follows and not root.training else graph
     captured = WholeGraph(module, graph)
+    keep_persistence(captured, root)
     captured.training = root.training
     captured = copy_graph(captured)
     captured.meta[RECORD] = GraphRecord(
@@ -137,7 +139,7 @@ def _tell_fixed(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _export(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
     try:
-        return torch.export.export(root, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False).module()
+        module: Any = torch.export.export(root, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False).module()
     except Exception as error:  # a tracer runs arbitrary code: whatever it raises means "cannot be captured"
         where = _user_call(error)
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -145,6 +147,8 @@ def _export(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
             f"torch.export cannot follow {type(root).__name__}{where}: {type(error).__name__}: {reason} Rewrite that call, "
             "give other example inputs, or adapt the module itself: misscompile.adapt(model, config) needs no whole graph."
         ) from error
+    inline_regions(module)
+    return module
 
 
 def _user_call(error: BaseException) -> str:
