@@ -61,6 +61,7 @@ def plan_graph_folds(root: WholeGraph, names: Sequence[str]) -> list[GraphFold]:
                 weight = root.get_parameter(part.path.parameter)
                 fold = folds.setdefault((id(weight), call), GraphFold(part.path.parameter, [], call))
                 if all(part.path.steps != other.path.steps for other in fold.parts):  # tied names share their block
+                    _check_apart(weight, part, fold.parts)
                     fold.parts.append(part)
                 adapted.append(part)
     for part in adapted:
@@ -113,8 +114,10 @@ def write_folds(root: WholeGraph, folds: Sequence[GraphFold], values: Sequence[T
         calls = call_names(scope)
         for fold, value in unshared:
             assert fold.call is not None
-            owner = fold.parts[0].owner.rpartition("#")[0]
-            _unshare(root, scope.graph, calls[owner][fold.call], fold, nn.Parameter(value, requires_grad=False))
+            merged = nn.Parameter(value, requires_grad=False)
+            sites = [calls[part.owner.rpartition("#")[0]][fold.call] for part in fold.parts]
+            for site in {site.node: site for site in sites}.values():  # q, k and v may be parts of one call
+                _unshare(root, scope.graph, site, fold, merged)
         _drop_unread(root, scope.graph, {fold.parameter for fold, _ in unshared})
 
 
@@ -158,6 +161,16 @@ def _part(root: WholeGraph, owner: str, sites: list[Site], names: Sequence[str])
             "which merging changes. Merge it too, or deactivate it first."
         )
     return Part(owner, path, tuple(state.blocks[name] for name in names if name in state.blocks), sites)
+
+
+def _check_apart(weight: Tensor, part: Part, others: Sequence[Part]) -> None:
+    """Refuse to add two updates to one element: each call would then compute both."""
+    for other in others:
+        if _overlap(weight, part.path, other.path):
+            raise MergeError(
+                f"{part.owner} and {other.owner} read one weight in two forms, each with an adapter of its own: merging would "
+                "add both to both. Give one of them a parameter of its own before the model is captured."
+            )
 
 
 def _unshare(root: WholeGraph, graph: fx.Graph, site: Site, fold: GraphFold, merged: nn.Parameter) -> None:
