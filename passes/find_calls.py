@@ -51,7 +51,8 @@ def find_calls(scope: ModelScope) -> None:
         if node.op == "call_module":
             _find_module_call(scope, node)
         elif node.target in _FUSED_KERNELS:
-            _refuse_operands(scope, node, 2, f"its weight goes into {node.target}, an inference kernel without a gradient")
+            reason = f"its weight goes into {node.target}, an inference kernel without a gradient: use misscompile.capture"
+            _refuse_operands(scope, node, 2, reason)
         elif node.target in _STACKED_PRODUCTS:
             _refuse_operands(scope, node, 3, "its weight is a stack of fused weights, not a linear")
         elif isinstance(node.target, torch._ops.HigherOrderOperator):

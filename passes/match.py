@@ -131,7 +131,10 @@ def trace_weight(weight: fx.Node, parameter: Callable[[str], Tensor | None]) -> 
             raise WeightError(f"its weight {weight.target!r} is {kind}, not a parameter")
         return WeightPath(str(weight.target), ())
     if weight.op == "placeholder":
-        raise WeightError(f"its weight is the input {weight.target!r} of the graph, not a parameter of it")
+        raise WeightError(
+            f"its weight is the input {weight.target!r} of the graph, not a parameter of it (of an exported program, adapt "
+            "the program itself or its module())"
+        )
     step, source = _step(weight)
     if source is None:
         raise WeightError(f"its weight is computed by {_label(weight)}, so that a block could not be merged into it")
