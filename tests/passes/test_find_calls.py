@@ -271,13 +271,18 @@ def test_refuses_a_weight_that_is_an_input() -> None:
             return F.linear(x, kernel)
 
     scope = search(fx.symbolic_trace(Given()))
-    assert reasons(scope) == [("linear", "its weight is the input 'kernel' of the graph, not a parameter of it")]
+    assert [name for name, _ in reasons(scope)] == ["linear"]
+    assert reasons(scope)[0][1].startswith("its weight is the input 'kernel' of the graph, not a parameter of it")
 
 
 def test_refuses_the_lifted_parameters_of_an_exported_program() -> None:
     exported = torch.export.export(holder(lambda w, b, x: F.linear(x, w, b)), (X,), strict=False)
     scope = search(exported.graph_module)
-    assert reasons(scope) == [("proj", "its weight is the input 'p_proj_weight' of the graph, not a parameter of it")]
+    reason = (
+        "its weight is the input 'p_proj_weight' of the graph, not a parameter of it (of an exported program, adapt the "
+        "program itself or its module())"
+    )
+    assert reasons(scope) == [("proj", reason)]
 
 
 def test_refuses_an_inference_kernel() -> None:
@@ -290,7 +295,8 @@ def test_refuses_an_inference_kernel() -> None:
         *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out_proj", "linear1", "linear2")
     }
     assert {refusal.reason for refusal in scope.refusals} == {
-        "its weight goes into aten._transformer_encoder_layer_fwd.default, an inference kernel without a gradient"
+        "its weight goes into aten._transformer_encoder_layer_fwd.default, an inference kernel without a gradient: "
+        "use misscompile.capture"
     }
 
 

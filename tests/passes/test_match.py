@@ -204,7 +204,12 @@ REFUSED: dict[str, tuple[Rule, tuple[int, ...], str]] = {
         (IN, OUT),
         "its weight is computed by 'add' (add), so that a block could not be merged into it",
     ),
-    "input": (lambda w, b, x: F.linear(w, x), (5, IN), "its weight is the input 'x' of the graph, not a parameter of it"),
+    "input": (
+        lambda w, b, x: F.linear(w, x),
+        (5, IN),
+        "its weight is the input 'x' of the graph, not a parameter of it (of an exported program, adapt the program itself or "
+        "its module())",
+    ),
     "columns": (
         lambda w, b, x: F.linear(x, w[:, :IN]),
         (OUT, 2 * IN),
