@@ -168,8 +168,8 @@ def _check_apart(weight: Tensor, part: Part, others: Sequence[Part]) -> None:
     for other in others:
         if _overlap(weight, part.path, other.path):
             raise MergeError(
-                f"{part.owner} and {other.owner} read one weight in two forms, each with an adapter of its own: merging would "
-                "add both to both. Give one of them a parameter of its own before the model is captured."
+                f"{part.owner} and {other.owner} read one weight in two forms, each with an adapter of its own: merging "
+                "would add both to both. Give one of them a parameter of its own before the model is captured."
             )
 
 

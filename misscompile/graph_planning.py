@@ -103,8 +103,8 @@ def _check_sharing(root: WholeGraph, name: str, calls: list[Site], own: bool) ->
         if state is not None and state.blocks:
             had = "one block for all its calls" if own else "a block for each of its calls"
             raise StateError(
-                f"{name}: the adapter {next(iter(state.blocks))!r} has {had}; adapt with per_call_site={not own} as well, or "
-                "on a graph without that adapter."
+                f"{name}: the adapter {next(iter(state.blocks))!r} has {had}; adapt with per_call_site={not own} as well, "
+                "or on a graph without that adapter."
             )
 
 

@@ -207,8 +207,8 @@ REFUSED: dict[str, tuple[Rule, tuple[int, ...], str]] = {
     "input": (
         lambda w, b, x: F.linear(w, x),
         (5, IN),
-        "its weight is the input 'x' of the graph, not a parameter of it (of an exported program, adapt the program itself or "
-        "its module())",
+        "its weight is the input 'x' of the graph, not a parameter of it (of an exported program, adapt the program itself "
+        "or its module())",
     ),
     "columns": (
         lambda w, b, x: F.linear(x, w[:, :IN]),
