@@ -129,7 +129,9 @@ def _tell_fixed(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if not isinstance(held, Tensor) or not isinstance(value, Tensor) or not value.dim():
             continue
         for dim in _dynamic_dims(value):
-            size = held.shape[dim] if isinstance(held.shape[dim], int) else held.shape[dim].node.maybe_as_int()
+            size: Any = held.shape[dim]
+            if isinstance(size, torch.SymInt):
+                size = size.node.maybe_as_int()  # int() would fix it
             if size is not None:
                 why = "give an example of 2 or more" if size == 1 else "the model fixes it"
                 fixed.append(f"dimension {dim} of {node.name} is fixed at {size} ({why})")

@@ -83,7 +83,8 @@ class WholeGraph(fx.GraphModule):
         return self
 
     def __deepcopy__(self, memo: Any) -> WholeGraph:
-        copied: WholeGraph = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, WholeGraph)
         keep_persistence(copied, self)
         return copied
 

@@ -51,8 +51,8 @@ def find_calls(scope: ModelScope) -> None:
         if node.op == "call_module":
             _find_module_call(scope, node)
         elif node.target in _FUSED_KERNELS:
-            reason = f"its weight goes into {node.target}, an inference kernel without a gradient: use misscompile.capture"
-            _refuse_operands(scope, node, 2, reason)
+            kernel = f"{node.target}, an inference kernel without a gradient: use misscompile.capture"
+            _refuse_operands(scope, node, 2, f"its weight goes into {kernel}")
         elif node.target in _STACKED_PRODUCTS:
             _refuse_operands(scope, node, 3, "its weight is a stack of fused weights, not a linear")
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -141,9 +141,9 @@ def _name_parts(scope: ModelScope) -> None:
         assert site.path is not None
         forms.setdefault(site.owner, {})[site.path.steps] = None
     for name, paths in forms.items():
-        calls = [site for site in scope.sites if site.owner == name]
         if len(paths) == 1:
             continue
+        calls = [site for site in scope.sites if site.owner == name]
         if not _are_apart(scope, calls):
             reason = f"its weight is read in {len(paths)} forms that overlap, which one block cannot serve"
             scope.refusals.append(Refusal(name, _kind(calls[0].node), reason))
