@@ -15,8 +15,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from misscompile.errors import ArgumentError, CaptureError, MissWarning, StateError
-from misscompile.graphs import RECORD, GraphRecord, WholeGraph, copy_graph, copy_nodes
+from misscompile.graphs import RECORD, GraphRecord, WholeGraph, copy_graph, copy_nodes, keep_persistence
 from misscompile.passes.follow_mode import follow_mode
+from misscompile.passes.inline import inline_regions
 from misscompile.state import named_modules, owners, unwrap_model
 
 _TORCH = os.path.dirname(torch.__file__)
@@ -62,7 +63,10 @@ def capture(
     asked = None
     if dynamic_shapes is None:
         asked = _default_dynamic(args, named)
-        dynamic_shapes = asked.dynamic_shapes(root, args, named)  # type: ignore[no-untyped-call]
+        try:
+            dynamic_shapes = asked.dynamic_shapes(root, args, named)  # type: ignore[no-untyped-call]
+        except TypeError as error:
+            raise ArgumentError(f"args, kwargs: they do not fit {type(root).__name__}.forward: {error}.") from error
     with _ready_for_export(root):
         module = _export(root, args, named, dynamic_shapes)
         graph = copy_nodes(module.graph)
@@ -71,6 +75,7 @@ def capture(
     follows = follow_mode(*(graph, other) if root.training else (other, graph))
     graph = other if follows and not root.training else graph
     captured = WholeGraph(module, graph)
+    keep_persistence(captured, root)
     captured.training = root.training
     captured = copy_graph(captured)
     captured.meta[RECORD] = GraphRecord(
@@ -124,8 +129,10 @@ def _tell_fixed(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if not isinstance(held, Tensor) or not isinstance(value, Tensor) or not value.dim():
             continue
         for dim in _dynamic_dims(value):
-            if isinstance(held.shape[dim], int):
-                size = int(held.shape[dim])
+            size: Any = held.shape[dim]
+            if isinstance(size, torch.SymInt):
+                size = size.node.maybe_as_int()  # int() would fix it
+            if size is not None:
                 why = "give an example of 2 or more" if size == 1 else "the model fixes it"
                 fixed.append(f"dimension {dim} of {node.name} is fixed at {size} ({why})")
     if fixed:
@@ -134,7 +141,7 @@ def _tell_fixed(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _export(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
     try:
-        return torch.export.export(root, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False).module()
+        module: Any = torch.export.export(root, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False).module()
     except Exception as error:  # a tracer runs arbitrary code: whatever it raises means "cannot be captured"
         where = _user_call(error)
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -142,6 +149,8 @@ def _export(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
             f"torch.export cannot follow {type(root).__name__}{where}: {type(error).__name__}: {reason} Rewrite that call, "
             "give other example inputs, or adapt the module itself: misscompile.adapt(model, config) needs no whole graph."
         ) from error
+    inline_regions(module)
+    return module
 
 
 def _user_call(error: BaseException) -> str:

@@ -61,6 +61,7 @@ def plan_graph_folds(root: WholeGraph, names: Sequence[str]) -> list[GraphFold]:
                 weight = root.get_parameter(part.path.parameter)
                 fold = folds.setdefault((id(weight), call), GraphFold(part.path.parameter, [], call))
                 if all(part.path.steps != other.path.steps for other in fold.parts):  # tied names share their block
+                    _check_apart(weight, part, fold.parts)
                     fold.parts.append(part)
                 adapted.append(part)
     for part in adapted:
@@ -113,8 +114,10 @@ def write_folds(root: WholeGraph, folds: Sequence[GraphFold], values: Sequence[T
         calls = call_names(scope)
         for fold, value in unshared:
             assert fold.call is not None
-            owner = fold.parts[0].owner.rpartition("#")[0]
-            _unshare(root, scope.graph, calls[owner][fold.call], fold, nn.Parameter(value, requires_grad=False))
+            merged = nn.Parameter(value, requires_grad=False)
+            sites = [calls[part.owner.rpartition("#")[0]][fold.call] for part in fold.parts]
+            for site in {site.node: site for site in sites}.values():  # q, k and v may be parts of one call
+                _unshare(root, scope.graph, site, fold, merged)
         _drop_unread(root, scope.graph, {fold.parameter for fold, _ in unshared})
 
 
@@ -160,6 +163,16 @@ def _part(root: WholeGraph, owner: str, sites: list[Site], names: Sequence[str])
     return Part(owner, path, tuple(state.blocks[name] for name in names if name in state.blocks), sites)
 
 
+def _check_apart(weight: Tensor, part: Part, others: Sequence[Part]) -> None:
+    """Refuse to add two updates to one element: each call would then compute both."""
+    for other in others:
+        if _overlap(weight, part.path, other.path):
+            raise MergeError(
+                f"{part.owner} and {other.owner} read one weight in two forms, each with an adapter of its own: merging "
+                "would add both to both. Give one of them a parameter of its own before the model is captured."
+            )
+
+
 def _unshare(root: WholeGraph, graph: fx.Graph, site: Site, fold: GraphFold, merged: nn.Parameter) -> None:
     """Let one call read `merged`, registered beside the weight that the calls had in common."""
     node = site.node
@@ -189,8 +202,12 @@ def _unshare(root: WholeGraph, graph: fx.Graph, site: Site, fold: GraphFold, mer
 
 def _drop_unread(root: WholeGraph, graph: fx.Graph, parameters: set[str]) -> None:
     """Remove weights that no call reads any more, and the views of them."""
+    views = {node for node in graph.nodes if node.op == "get_attr" and node.target in parameters}
+    for node in graph.nodes:
+        if passes_weight(node) and node.all_input_nodes[0] in views:
+            views.add(node)
     for node in reversed(list(graph.nodes)):
-        if not node.users and (passes_weight(node) or (node.op == "get_attr" and node.target in parameters)):
+        if node in views and not node.users:
             graph.erase_node(node)
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     read |= {f"{node.target}.weight" for node in graph.nodes if node.op == "call_module"}
@@ -246,5 +263,5 @@ def _readers(source: fx.Node) -> Iterator[fx.Node]:
         for user in todo.pop().users:
             if passes_weight(user):
                 todo.append(user)
-            else:
+            elif user.target is not torch.ops.aten._assert_tensor_metadata.default:  # reads dtype and shape, not values
                 yield user

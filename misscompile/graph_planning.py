@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from misscompile.config import MissConfig
-from misscompile.errors import ConfigError, UnsupportedModuleError
+from misscompile.errors import ConfigError, StateError, UnsupportedModuleError
 from misscompile.graphs import (
     GraphRecord,
     WholeGraph,
     call_names,
     call_owner,
     find_graph_sites,
+    owner_state,
     record_of,
     require_container,
 )
@@ -49,6 +50,8 @@ def plan_graph_adapter(root: WholeGraph, config: MissConfig, adapter_name: str, 
     calls = call_names(scope)
     _check_names(scope, calls)
     refused = {refusal.name: refusal for refusal in scope.refusals}
+    if config.selects_all_linear and not calls:
+        check_refusals(scope.refusals, [], implicit=True)
     containers = [name for name in named_modules(root, remove_duplicate=False) if name]
     selection = _select(root, config, calls, [*containers, *calls, *refused])
     implicit = config.selects_all_linear
@@ -73,7 +76,7 @@ def plan_graph_adapter(root: WholeGraph, config: MissConfig, adapter_name: str, 
 def _check_names(scope: ModelScope, calls: dict[str, list[Site]]) -> None:
     if not calls and scope.unnamed:
         raise UnsupportedModuleError(
-            f"the graph has {len(scope.unnamed)} linear calls whose weights have no owner's name (the first is "
+            f"the weights of {len(scope.unnamed)} linear calls of the graph have no owner's name (the first is "
             f"{scope.unnamed[0]!r}, and no nn_module_stack tells its module), so that no rule can choose among them. Make "
             "the graph with misscompile.capture or torch.export.export, which keep the names."
         )
@@ -81,6 +84,7 @@ def _check_names(scope: ModelScope, calls: dict[str, list[Site]]) -> None:
 
 def _targets(root: WholeGraph, name: str, calls: list[Site], block: Block, per_call_site: bool) -> list[Target]:
     own = per_call_site and len(calls) > 1
+    _check_sharing(root, name, calls, own)
     owners = [call_owner(name, index) for index in range(len(calls))] if own else [name]
     targets = []
     for owner, site in zip(owners, calls, strict=False):
@@ -92,8 +96,20 @@ def _targets(root: WholeGraph, name: str, calls: list[Site], block: Block, per_c
     return targets
 
 
+def _check_sharing(root: WholeGraph, name: str, calls: list[Site], own: bool) -> None:
+    """Refuse an adapter that shares what another one does not: a call has one owner."""
+    for other in [name] if own else [call_owner(name, index) for index in range(len(calls))]:
+        state = owner_state(root, other)
+        if state is not None and state.blocks:
+            had = "one block for all its calls" if own else "a block for each of its calls"
+            raise StateError(
+                f"{name}: the adapter {next(iter(state.blocks))!r} has {had}; adapt with per_call_site={not own} as well, "
+                "or on a graph without that adapter."
+            )
+
+
 def _inside(name: str, calls: Collection[str]) -> str:
-    inside = [call for call in calls if call.startswith(f"{name}.")]
+    inside = [call for call in calls if call.startswith((f"{name}.", f"{name}#"))]
     return f" (linears inside: {', '.join(inside[:5])})" if inside else ""
 
 

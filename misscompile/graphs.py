@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from misscompile.errors import ArgumentError, StateError
 from misscompile.passes.find_calls import find_calls
+from misscompile.passes.inline import inline_regions
 from misscompile.passes.insert import insert_updates
 from misscompile.passes.share import share_sums
 from misscompile.plan import ModelScope, Site
@@ -81,6 +82,12 @@ class WholeGraph(fx.GraphModule):
             module.training = bool(mode)
         return self
 
+    def __deepcopy__(self, memo: Any) -> WholeGraph:
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, WholeGraph)
+        keep_persistence(copied, self)
+        return copied
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         dtypes = _parameter_dtypes(self)
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -117,7 +124,9 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
         return copied  # type: ignore[no-any-return]
     if not isinstance(copied, fx.GraphModule):
         raise ArgumentError(f"model: expected a GraphModule or an ExportedProgram, found {type(model).__name__}.")
+    inline_regions(copied)
     root = WholeGraph(copied, copied.graph)
+    keep_persistence(root, module)
     root.training = module.training
     root.meta = dict(getattr(copied, "meta", {}))
     graph = copy_nodes(copied.graph)
@@ -136,6 +145,14 @@ def _output_names(graph: fx.Graph) -> tuple[str, ...]:
 
 
 _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection")
+
+
+def keep_persistence(copied: nn.Module, source: nn.Module) -> None:
+    """Let the same buffers be left out of the `state_dict` as in `source`; a `GraphModule` forgets which those are."""
+    modules = dict(copied.named_modules(remove_duplicate=False))
+    for name, module in source.named_modules(remove_duplicate=False):
+        if name in modules:
+            modules[name]._non_persistent_buffers_set = module._non_persistent_buffers_set & set(modules[name]._buffers)
 
 
 def copy_nodes(graph: fx.Graph) -> fx.Graph:

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 from misscompile.passes.find import linear_shape
-from misscompile.passes.match import LinearCall, WeightError, apply_steps, as_tuple, match_linear, trace_weight
+from misscompile.passes.match import (
+    LinearCall,
+    WeightError,
+    apply_steps,
+    match_linear,
+    resembles_linear,
+    trace_weight,
+)
 from torch import Tensor, fx, nn
 
 from misscompile.plan import Layout, ModelScope, Refusal, Site, Step, WeightPath
@@ -24,8 +31,14 @@ from misscompile.plan import Layout, ModelScope, Refusal, Site, Step, WeightPath
 aten = torch.ops.aten
 
 _FUSED_KERNELS = {aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default}
-_STACKED_PRODUCTS = {torch.bmm, aten.bmm.default, aten._grouped_mm.default, "bmm", "baddbmm", aten.baddbmm.default}
-_GRADIENT_STOPS = {aten.detach.default, aten.detach_.default, "detach"}
+_STACKED_PRODUCTS = {
+    *(torch.bmm, torch.baddbmm, "bmm", "baddbmm"),
+    *(aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default),
+}
+_GRADIENT_STOPS = {
+    *(aten.detach.default, aten.detach_.default, torch.detach, "detach", "item", "tolist", "numpy"),
+    *(torch.argmax, torch.argmin, "argmax", "argmin", "long", "int", "bool"),
+}
 _ANONYMOUS = re.compile(r"(?:.*\.)?_?(?:param_constant|tensor_constant|lifted_tensor_|constant|arg|fn_param)_?\d*")
 _PROJECTIONS = ("q", "k", "v")
 
@@ -38,15 +51,17 @@ def find_calls(scope: ModelScope) -> None:
         if node.op == "call_module":
             _find_module_call(scope, node)
         elif node.target in _FUSED_KERNELS:
-            _refuse_operands(scope, node, 2, f"its weight goes into {node.target}, an inference kernel without a gradient")
+            kernel = f"{node.target}, an inference kernel without a gradient: use misscompile.capture"
+            _refuse_operands(scope, node, 2, f"its weight goes into {kernel}")
         elif node.target in _STACKED_PRODUCTS:
             _refuse_operands(scope, node, 3, "its weight is a stack of fused weights, not a linear")
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             _refuse_inside(scope, node)
-        else:
-            call = match_linear(node)
-            if call is not None:
-                _find_call(scope, node, call, mutated)
+        elif (call := match_linear(node)) is not None:
+            _find_call(scope, node, call, mutated)
+        elif (reason := resembles_linear(node)) is not None:
+            _refuse_operands(scope, node, None, reason)
+    _name_parts(scope)
     for site in list(scope.sites):
         stop = _gradient_stop(site.node)
         if stop is not None:
@@ -67,9 +82,12 @@ def _find_call(scope: ModelScope, node: fx.Node, call: LinearCall, mutated: dict
     try:
         path = trace_weight(call.weight, lambda target: find_parameter(scope.root, target))
     except WeightError as error:
-        if _is_product_with_data(node, call):
-            return
-        scope.refusals.append(Refusal(_stack_name(node) or node.name, kind, str(error)))
+        if call.x.op == "get_attr" and _is_product_with_data(node, call):
+            _refuse_operands(scope, node, 2, "its weight is the left side of the product, and a linear's is the right one")
+        elif not _is_product_with_data(node, call):
+            changed = next((n.target for n in _ancestors(call.weight) if n.op == "get_attr" and n.target in mutated), None)
+            reason = str(error) if changed is None else _changed_in_place(changed, mutated)
+            scope.refusals.append(Refusal(_stack_name(node) or node.name, kind, reason))
         return
     parameter = find_parameter(scope.root, path.parameter)
     assert parameter is not None
@@ -79,10 +97,10 @@ def _find_call(scope: ModelScope, node: fx.Node, call: LinearCall, mutated: dict
     name = _owner_name(node, path.parameter)
     if view.dim() != 2 and call.layout != "conv":
         if isinstance(name, str):
-            scope.refusals.append(Refusal(name, kind, "its weight is a stack of fused weights, not a linear"))
+            reason = "its weight is a vector" if view.dim() == 1 else "its weight is a stack of fused weights, not a linear"
+            scope.refusals.append(Refusal(name, kind, reason))
     elif path.parameter in mutated:
-        reason = f"its weight {path.parameter!r} is changed in place by {mutated[path.parameter]!r}"
-        scope.refusals.append(Refusal(name or node.name, kind, reason))
+        scope.refusals.append(Refusal(name or node.name, kind, _changed_in_place(path.parameter, mutated)))
     elif name is None:
         scope.unnamed.append(path.parameter)
     else:
@@ -116,6 +134,47 @@ def _sites(node: fx.Node, call: LinearCall, path: WeightPath, view: Tensor, name
     return found
 
 
+def _name_parts(scope: ModelScope) -> None:
+    """Tell calls of one name apart that read different parts of a weight, and refuse those that read it in two forms."""
+    forms: dict[str, dict[tuple[Step, ...], None]] = {}
+    for site in scope.sites:
+        assert site.path is not None
+        forms.setdefault(site.owner, {})[site.path.steps] = None
+    for name, paths in forms.items():
+        if len(paths) == 1:
+            continue
+        calls = [site for site in scope.sites if site.owner == name]
+        if not _are_apart(scope, calls):
+            reason = f"its weight is read in {len(paths)} forms that overlap, which one block cannot serve"
+            scope.refusals.append(Refusal(name, _kind(calls[0].node), reason))
+            scope.sites = [site for site in scope.sites if site not in calls]
+            continue
+        for site in calls:
+            assert site.path is not None
+            site.owner = f"{name}.part{list(paths).index(site.path.steps)}"
+
+
+def _are_apart(scope: ModelScope, calls: list[Site]) -> bool:
+    """Whether calls of one parameter that read it in different forms have no element of it in common."""
+    seen: dict[tuple[Step, ...], None] = {}
+    marks: Tensor | None = None
+    for site in calls:
+        assert site.path is not None
+        weight = find_parameter(scope.root, site.path.parameter)
+        assert weight is not None
+        marks = torch.zeros(weight.shape, dtype=torch.bool) if marks is None else marks
+        part = apply_steps(marks, site.path.steps)
+        if site.path.steps not in seen and bool(part.any()):
+            return False
+        seen[site.path.steps] = None
+        part.fill_(True)
+    return True
+
+
+def _changed_in_place(parameter: str, mutated: dict[str, str]) -> str:
+    return f"its weight {parameter!r} is changed in place by {mutated[parameter]!r}; take that out of the forward"
+
+
 def _find_module_call(scope: ModelScope, node: fx.Node) -> None:
     """A module that the tracer kept as one node."""
     name, module = str(node.target), scope.root.get_submodule(str(node.target))
@@ -129,7 +188,8 @@ def _find_module_call(scope: ModelScope, node: fx.Node) -> None:
         found.strides = strides
         scope.sites.append(found)
     elif linear_shape(module) is not None and not isinstance(module, nn.Bilinear):
-        scope.refusals.append(Refusal(name, kind, "it is one node with a forward of its own: trace into it"))
+        own = "a forward of its own" if weight is not None else "a weight that is no plain parameter"
+        scope.refusals.append(Refusal(name, kind, f"it is one node with {own}: use misscompile.capture"))
     else:
         inside = [child for child, inner in module.named_modules() if child and linear_shape(inner) is not None]
         if isinstance(module, fx.GraphModule):
@@ -146,8 +206,8 @@ def _module_layout(module: nn.Module) -> tuple[Layout | None, tuple[int, ...]]:
     if type(module).__name__ == "Conv1D" and linear_shape(module) is not None:
         return "in_out", ()
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
-        padding = 0 if module.padding == "valid" else module.padding
-        if set(module.kernel_size) == {1} and all(p == 0 for p in as_tuple(padding)):
+        padding = (0,) if isinstance(module.padding, str) else module.padding  # "same" adds none to a 1×1 kernel
+        if set(module.kernel_size) == {1} and set(padding) == {0}:
             return "conv", module.stride
     return None, ()
 
@@ -156,13 +216,21 @@ def _first_argument(node: fx.Node) -> Any:
     return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
 
 
-def _refuse_operands(scope: ModelScope, node: fx.Node, dimensions: int, reason: str) -> None:
-    """Refuse every parameter of so many dimensions that goes into `node`."""
+def _refuse_operands(scope: ModelScope, node: fx.Node, dimensions: int | None, reason: str) -> None:
+    """Refuse every parameter that goes into `node` with so many dimensions, or with two or more."""
     for source in node.all_input_nodes:
-        parameter = find_parameter(scope.root, str(source.target)) if source.op == "get_attr" else None
-        if isinstance(parameter, nn.Parameter) and parameter.dim() == dimensions:
-            name = _owner_name(source, str(source.target)) or str(source.target)
-            scope.refusals.append(Refusal(name, _kind(node), reason))
+        try:
+            path = trace_weight(source, lambda target: find_parameter(scope.root, target))
+        except WeightError:
+            continue
+        parameter = find_parameter(scope.root, path.parameter)
+        assert parameter is not None
+        size = apply_steps(parameter.detach().to("meta"), path.steps).dim()
+        if size == dimensions or (dimensions is None and size > 1):
+            name = _owner_name(node, path.parameter) or path.parameter
+            module = name.removesuffix("in_proj_weight")
+            names = [module + projection for projection in _PROJECTIONS] if module != name else [name]
+            scope.refusals += [Refusal(each, _kind(node), reason) for each in names]
 
 
 def _refuse_inside(scope: ModelScope, node: fx.Node) -> None:
@@ -203,15 +271,37 @@ def _mutated_parameters(scope: ModelScope) -> dict[str, str]:
     """The targets of parameters that the graph writes, each with the node that does."""
     found = {}
     for node in scope.graph.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        in_place = node.op in ("call_function", "call_method") and re.fullmatch(r"[a-z]\w*[a-z0-9]_(\.\w+)?", name)
-        if in_place and node.args and isinstance(node.args[0], fx.Node):
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            found.update(_mutated_inside(scope, node))
+        if _is_in_place(node) and isinstance(node.args[0], fx.Node):
             try:
                 path = trace_weight(node.args[0], lambda target: find_parameter(scope.root, target))
             except WeightError:
                 continue
             found[path.parameter] = node.name
     return found
+
+
+def _mutated_inside(scope: ModelScope, node: fx.Node) -> dict[str, str]:
+    """The same in the sub-graph of a higher-order operator: one that turns gradients off around an update, for example."""
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    graph = next((arg for arg in operands if isinstance(getattr(scope.root, str(arg.target), None), fx.GraphModule)), None)
+    if graph is None:
+        return {}
+    inner = ModelScope(scope.root, getattr(scope.root, str(graph.target)).graph)
+    given = operands[operands.index(graph) + 1 :]
+    inputs = dict(zip((n for n in inner.graph.nodes if n.op == "placeholder"), given, strict=False))
+    found = {}
+    for write in inner.graph.nodes:
+        if _is_in_place(write) and isinstance(source := write.args[0], fx.Node) and source in inputs:
+            found[str(inputs[source].target)] = write.name
+    return found
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    written = node.op in ("call_function", "call_method") and re.fullmatch(r"[a-z]\w*[a-z0-9]_(\.\w+)?", name)
+    return bool(written) and bool(node.args)
 
 
 def _gradient_stop(node: fx.Node) -> str | None:

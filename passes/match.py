@@ -29,7 +29,11 @@ _LINEAR = {F.linear, aten.linear.default}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, aten.matmul.default, aten.mm.default, "matmul", "mm"}
 _ADDMM = {torch.addmm, aten.addmm.default}
 _EINSUM = {torch.einsum, torch.functional.einsum, aten.einsum.default}
-_CONV = {F.conv1d, F.conv2d, F.conv3d, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+_CONV = {
+    *(F.conv1d, F.conv2d, F.conv3d, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+}
+_CONVOLUTION = {torch.convolution, aten.convolution.default}
 _CAST = {
     *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.alias.default),
     *(aten.contiguous.default, aten.clone.default, aten.detach.default, "to", "type", "type_as", "contiguous", "clone"),
@@ -75,8 +79,17 @@ def match_linear(node: fx.Node) -> LinearCall | None:
         return _call(node, ("mat1", "mat2"), "in_out", first=1)
     if node.target in _EINSUM:
         return _match_einsum(node)
-    if node.target in _CONV:
+    if node.target in _CONV or (node.target in _CONVOLUTION and operand(node, 6, "transposed") is False):
         return _match_conv(node)
+    return None
+
+
+def resembles_linear(node: fx.Node) -> str | None:
+    """What keeps a product that `match_linear` leaves out from being a linear, or None where it is no product."""
+    if node.target in _EINSUM:
+        return f"its weight goes into the einsum {node.args[0]!r}, which is not one matrix for every position"
+    if node.target in _ADDMM and {"beta", "alpha"} & set(node.kwargs):
+        return "its product is scaled by the beta or alpha of addmm"
     return None
 
 
@@ -118,7 +131,10 @@ def trace_weight(weight: fx.Node, parameter: Callable[[str], Tensor | None]) -> 
             raise WeightError(f"its weight {weight.target!r} is {kind}, not a parameter")
         return WeightPath(str(weight.target), ())
     if weight.op == "placeholder":
-        raise WeightError(f"its weight is the input {weight.target!r} of the graph, not a parameter of it")
+        raise WeightError(
+            f"its weight is the input {weight.target!r} of the graph, not a parameter of it (of an exported program, adapt "
+            "the program itself or its module())"
+        )
     step, source = _step(weight)
     if source is None:
         raise WeightError(f"its weight is computed by {_label(weight)}, so that a block could not be merged into it")
@@ -169,10 +185,11 @@ def _match_einsum(node: fx.Node) -> LinearCall | None:
 
 def _match_conv(node: fx.Node) -> LinearCall | None:
     x, weight = operand(node, 0, "input"), operand(node, 1, "weight")
-    stride, padding, groups = operand(node, 3, "stride"), operand(node, 4, "padding"), operand(node, 6, "groups")
+    stride, padding = operand(node, 3, "stride"), operand(node, 4, "padding")
+    groups = operand(node, 8 if node.target in _CONVOLUTION else 6, "groups")
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or groups not in (None, 1):
         return None
-    if padding not in (None, 0, "valid") and (isinstance(padding, str) or any(p != 0 for p in as_tuple(padding))):
+    if padding not in (None, "valid", "same") and any(p != 0 for p in as_tuple(padding)):  # "same" adds none to a 1×1 kernel
         return None
     strides = as_tuple(stride if stride is not None else 1)
     return LinearCall(x, weight, "conv", strides)
@@ -193,6 +210,8 @@ def _step(node: fx.Node) -> tuple[str | None, fx.Node | None]:
         return None, source
     if target in _VIEW:
         return "view", source
+    if target is getattr and node.args[1:] == ("data",):
+        return None, source
     if target in _TRANSPOSE or (target is getattr and node.args[1:] == ("T",)):
         return "t", source
     if target in _SWAP and {operand(node, 1, "dim0"), operand(node, 2, "dim1")} in ({0, 1}, {-1, -2}, {0, -1}, {1, -2}):

@@ -1,0 +1,395 @@
+"""Finding the linear calls of a whole graph: under which name, of which shape, and what is refused with which reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graph_support import IN, OUT, TRACERS, Model, graph_list, holder
+from misscompile.passes.find_calls import find_calls, find_parameter
+from misscompile.passes.match import apply_steps
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers.pytorch_utils import Conv1D
+
+from misscompile.plan import ModelScope
+
+X = torch.randn(3, 5, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.randn(2, IN, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+both_tracers = pytest.mark.parametrize("tracer", TRACERS)
+
+
+def search(graph: fx.GraphModule) -> ModelScope:
+    """`find_calls` over a graph, which it must leave alone."""
+    before = graph_list(graph)
+    scope = ModelScope(graph, graph.graph)
+    find_calls(scope)
+    assert graph_list(graph) == before
+    return scope
+
+
+def found(model: nn.Module, x: Tensor = X, tracer: str = "export") -> ModelScope:
+    return search(TRACERS[tracer](model, x))
+
+
+def names(scope: ModelScope) -> list[str]:
+    return [site.owner for site in scope.sites]
+
+
+def reasons(scope: ModelScope) -> list[tuple[str, str]]:
+    return [(refusal.name, refusal.reason) for refusal in scope.refusals]
+
+
+class Sequence(nn.Module):
+    """A few linears of different classes below dotted names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(IN, OUT), Conv1D(IN, OUT)])
+        self.head = nn.Conv1d(IN, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x.transpose(1, 2))  # type: ignore[no-any-return]
+
+
+@both_tracers
+def test_names_sites_after_the_owners_of_their_weights(tracer: str) -> None:
+    scope = found(Sequence().double(), tracer=tracer)
+    assert names(scope) == ["layers.0", "layers.1", "head"]
+    assert [(site.in_features, site.out_features) for site in scope.sites] == [(IN, OUT), (OUT, IN), (IN, 6)]
+    assert [site.layout for site in scope.sites] == ["out_in", "in_out", "conv"]
+    assert [site.path.parameter for site in scope.sites if site.path] == [
+        "layers.0.weight",
+        "layers.1.weight",
+        "head.weight",
+    ]
+    assert [site.weight is None for site in scope.sites] == ([True, False, True] if tracer == "fx" else [False] * 3)
+    assert {site.weight_dtype for site in scope.sites} == {torch.float64}
+    assert [site.strides for site in scope.sites] == [(), (), (1,)]
+    assert scope.refusals == []
+    assert scope.unnamed == []
+
+
+@both_tracers
+def test_names_a_weight_that_is_not_called_weight_after_itself(tracer: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w_q = nn.Parameter(torch.randn(OUT, IN).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.w_q)
+
+    assert names(found(Model(Named()), tracer=tracer)) == ["proj.w_q"]
+    assert names(found(Named(), tracer=tracer)) == ["w_q"]
+
+
+@both_tracers
+def test_finds_every_call_of_a_shared_weight(tracer: str) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = nn.Linear(IN, IN)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.step(torch.tanh(self.step(x)))  # type: ignore[no-any-return]
+
+    scope = found(Shared().double(), tracer=tracer)
+    assert names(scope) == ["step", "step"]
+    assert scope.sites[0].node is not scope.sites[1].node
+
+
+class Attention(nn.Module):
+    def __init__(self, cross: bool, **fields: Any) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(IN, 2, batch_first=True, **fields).double()
+        self.cross = cross
+        self.memory = fields.get("kdim", IN), fields.get("vdim", IN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = (x.repeat(1, 1, 1 + width // IN)[..., :width] for width in self.memory)
+        if not self.cross:
+            key = value = x
+        y: Tensor = self.attn(x, key, value, need_weights=False)[0]
+        return y
+
+
+def test_finds_the_projections_inside_attention() -> None:
+    scope = found(Attention(False))
+    assert names(scope) == ["attn.q", "attn.k", "attn.v", "attn.out_proj"]
+    assert [site.columns for site in scope.sites] == [(0, IN, 3 * IN), (IN, 2 * IN, 3 * IN), (2 * IN, 3 * IN, 3 * IN), None]
+    assert {(site.in_features, site.out_features) for site in scope.sites} == {(IN, IN)}
+    assert len({site.node for site in scope.sites}) == 2
+    assert {site.path.parameter for site in scope.sites[:3] if site.path} == {"attn.in_proj_weight"}
+
+
+def test_finds_the_projections_of_cross_attention() -> None:
+    scope = found(Attention(True))
+    assert names(scope) == ["attn.q", "attn.k", "attn.v", "attn.out_proj"]
+    q, k, v, _ = scope.sites
+    assert (q.columns, k.columns, v.columns) == (None, None, None)
+    weight = torch.arange(3 * IN * IN).view(3 * IN, IN)
+    for number, site in enumerate((q, k, v)):
+        assert site.path is not None
+        assert torch.equal(apply_steps(weight, site.path.steps), weight[number * IN : (number + 1) * IN])
+
+
+def test_finds_projections_of_other_widths() -> None:
+    scope = found(Attention(True, kdim=6, vdim=10))
+    assert names(scope) == ["attn.q", "attn.k", "attn.v", "attn.out_proj"]
+    assert [(site.in_features, site.out_features) for site in scope.sites] == [(IN, IN), (6, IN), (10, IN), (IN, IN)]
+
+
+@both_tracers
+def test_tells_parts_of_one_weight_apart(tracer: str) -> None:
+    def gated(w: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        gate, up = w.split([OUT, IN])
+        return F.linear(x, gate, b).sum(-1, keepdim=True) * F.linear(x, up)
+
+    scope = found(holder(gated, (OUT + IN, IN)), tracer=tracer)
+    assert names(scope) == ["proj.part0", "proj.part1"]
+    assert [(site.in_features, site.out_features) for site in scope.sites] == [(IN, OUT), (IN, IN)]
+
+
+@both_tracers
+def test_refuses_a_weight_in_two_forms_that_overlap(tracer: str) -> None:
+    scope = found(holder(lambda w, b, x: F.linear(F.linear(x, w), w.t())), tracer=tracer)
+    assert names(scope) == []
+    assert reasons(scope) == [("proj", "its weight is read in 2 forms that overlap, which one block cannot serve")]
+
+
+def no_gradient(w: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.linear(x, w, b)
+
+
+def mutating(w: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        w.mul_(1.5)
+    return F.linear(x, w, b)
+
+
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(OUT, IN).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.table)
+
+
+CONSTANT = torch.randn(OUT, IN, dtype=torch.float64)
+
+
+class Constant(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, CONSTANT)
+
+
+STACKED = "its weight is a stack of fused weights, not a linear"
+NO_EINSUM = "which is not one matrix for every position"
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "buffer": (lambda: Model(Buffered()), r"its weight 'proj.table' is a buffer or a constant, not a parameter"),
+    "constant": (lambda: Model(Constant()), r"its weight '\w*\.?\w*tensor_\w*0' is a buffer or a constant, not a parameter"),
+    "computed": (
+        lambda: holder(lambda w, b, x: F.linear(x, w * 2)),
+        r"its weight is computed by 'mul' \(mul(\.Tensor)?\), so that a block could not be merged into it",
+    ),
+    "computed product": (
+        lambda: holder(lambda w, b, x: x @ (w * 2).t()),
+        r"its weight is computed by 'mul' \(mul(\.Tensor)?\), so that a block could not be merged into it",
+    ),
+    "changed in place": (
+        lambda: holder(mutating),
+        r"its weight 'proj.weight' is changed in place by 'mul_'; take that out of the forward",
+    ),
+    "detached": (
+        lambda: holder(lambda w, b, x: F.linear(x, w, b).detach()),
+        r"no gradient comes back to it past 'detach' \((aten.)?detach(.default)?\)",
+    ),
+    "argmax": (
+        lambda: holder(lambda w, b, x: F.linear(x, w, b).argmax(-1)),
+        r"no gradient comes back to it past 'argmax' \((aten.)?argmax(.default)?\)",
+    ),
+    "not used": (
+        lambda: holder(lambda w, b, x: (F.linear(x, w, b), x)[1]),
+        r"no gradient comes back to it past the end of the graph, which does not use it",
+    ),
+    "stacked matmul": (lambda: holder(lambda w, b, x: x @ w, (3, IN, OUT)), STACKED),
+    "stacked bmm": (lambda: holder(lambda w, b, x: torch.bmm(x, w), (3, IN, OUT)), STACKED),
+    "stacked baddbmm": (lambda: holder(lambda w, b, x: torch.baddbmm(x[..., :1], x, w), (3, IN, OUT)), STACKED),
+    "stacked einsum": (
+        lambda: holder(lambda w, b, x: torch.einsum("eti,eio->eto", x, w), (3, IN, OUT)),
+        f"its weight goes into the einsum 'eti,eio->eto', {NO_EINSUM}",
+    ),
+    "einsum of heads": (
+        lambda: holder(lambda w, b, x: torch.einsum("bti,hdi->bthd", x, w), (3, 4, IN)),
+        f"its weight goes into the einsum 'bti,hdi->bthd', {NO_EINSUM}",
+    ),
+    "vector": (lambda: holder(lambda w, b, x: x @ w, (IN,)), "its weight is a vector"),
+    "weight on the left": (
+        lambda: holder(lambda w, b, x: w @ x.transpose(1, 2)),
+        "its weight is the left side of the product, and a linear's is the right one",
+    ),
+    "weight on the left of an einsum": (
+        lambda: holder(lambda w, b, x: torch.einsum("bi,oi->ob", x[0], w)),
+        "its weight is the left side of the product, and a linear's is the right one",
+    ),
+    "scaled addmm": (
+        lambda: holder(lambda w, b, x: torch.addmm(b, x[0], w, alpha=2.0), (IN, OUT)),
+        "its product is scaled by the beta or alpha of addmm",
+    ),
+}
+
+
+@both_tracers
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_with_the_reason(case: str, tracer: str) -> None:
+    make, reason = REFUSED[case]
+    scope = found(make(), tracer=tracer)
+    assert names(scope) == []
+    assert [refusal.name for refusal in scope.refusals] == ["proj"]
+    assert re.fullmatch(reason, scope.refusals[0].reason), scope.refusals[0].reason
+    assert scope.refusals[0].kind
+
+
+def test_refuses_what_runs_without_gradients() -> None:
+    scope = found(holder(no_gradient))
+    assert names(scope) == []
+    assert reasons(scope) == [("proj", "it is inside wrap_with_set_grad_enabled, which runs without gradients")]
+
+
+def test_refuses_a_weight_that_is_an_input() -> None:
+    class Given(nn.Module):
+        def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
+            return F.linear(x, kernel)
+
+    scope = search(fx.symbolic_trace(Given()))
+    assert [name for name, _ in reasons(scope)] == ["linear"]
+    assert reasons(scope)[0][1].startswith("its weight is the input 'kernel' of the graph, not a parameter of it")
+
+
+def test_refuses_the_lifted_parameters_of_an_exported_program() -> None:
+    exported = torch.export.export(holder(lambda w, b, x: F.linear(x, w, b)), (X,), strict=False)
+    scope = search(exported.graph_module)
+    reason = (
+        "its weight is the input 'p_proj_weight' of the graph, not a parameter of it (of an exported program, adapt the "
+        "program itself or its module())"
+    )
+    assert reasons(scope) == [("proj", reason)]
+
+
+def test_refuses_an_inference_kernel() -> None:
+    layer = nn.TransformerEncoderLayer(IN, 2, OUT, batch_first=True, dropout=0.0).eval().requires_grad_(False)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (X.float(),), strict=True)
+    scope = search(exported.module())  # type: ignore[arg-type]
+    assert names(scope) == []
+    assert {refusal.name for refusal in scope.refusals} == {
+        *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out_proj", "linear1", "linear2")
+    }
+    assert {refusal.reason for refusal in scope.refusals} == {
+        "its weight goes into aten._transformer_encoder_layer_fwd.default, an inference kernel without a gradient: "
+        "use misscompile.capture"
+    }
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Leaves(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def test_refuses_modules_that_are_one_node() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.doubled = Doubled(IN, OUT)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(IN, OUT))
+            self.inner = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU())
+            self.plain = nn.Linear(IN, OUT)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.doubled(x) + self.normed(x) + self.inner(x) + self.plain(x)  # type: ignore[no-any-return]
+
+    model = Kept()
+    scope = search(fx.GraphModule(model, Leaves().trace(model)))
+    assert names(scope) == ["plain"]
+    assert reasons(scope) == [
+        ("doubled", "it is one node with a forward of its own: use misscompile.capture"),
+        ("normed", "it is one node with a weight that is no plain parameter: use misscompile.capture"),
+        ("inner.0", "it is inside 'inner' (Sequential), which the tracer kept as one node: use misscompile.capture"),
+    ]
+
+
+def test_refuses_the_linears_of_a_graph_module_inside() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = fx.symbolic_trace(nn.Sequential(nn.Linear(IN, OUT)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x)  # type: ignore[no-any-return]
+
+    model = Outer()
+    scope = search(fx.GraphModule(model, Leaves().trace(model)))
+    reason = "it is inside the graph module 'block': adapt that graph, or capture the whole model"
+    assert reasons(scope) == [("block.0", reason)]
+
+
+def test_collects_weights_without_a_name() -> None:
+    graph = make_fx(holder(lambda w, b, x: F.linear(x, w, b)))(X)
+    scope = search(graph)
+    assert scope.unnamed == ["_param_constant0"]
+    assert scope.sites == []
+    assert scope.refusals == []
+
+
+def test_takes_the_name_from_the_module_stack_where_the_parameter_has_none() -> None:
+    graph = TRACERS["export"](holder(lambda w, b, x: F.linear(x, w, b)), X)
+    for node in graph.graph.nodes:
+        if node.target == "proj.weight":
+            graph.register_parameter("param_constant3", graph.get_parameter("proj.weight"))
+            node.target = "param_constant3"
+    assert names(search(graph)) == ["proj"]
+
+
+def attend(w: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    scores = torch.softmax(x @ x.transpose(1, 2), -1)
+    return torch.einsum("bts,bsi->bti", scores, x) + torch.bmm(scores, x) + w[0] * x
+
+
+UNTOLD: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "products of data with data": (lambda: holder(attend), X),
+    "3×3 convolution": (lambda: Model(nn.Conv2d(IN, OUT, 3).double()), IMAGE),
+    "F.conv2d 3×3": (lambda: holder(lambda w, b, x: F.conv2d(x, w, b), (OUT, IN, 3, 3)), IMAGE),
+    "grouped convolution": (lambda: Model(nn.Conv2d(IN, OUT, 1, groups=2).double()), IMAGE),
+    "padded convolution": (lambda: Model(nn.Conv2d(IN, OUT, 1, padding=1).double()), IMAGE),
+    "transposed convolution": (lambda: Model(nn.ConvTranspose2d(IN, OUT, 1).double()), IMAGE),
+    "normalisation": (lambda: Model(nn.LayerNorm(IN).double()), X),
+}
+
+
+@both_tracers
+@pytest.mark.parametrize("case", UNTOLD)
+def test_passes_over_what_is_no_linear(case: str, tracer: str) -> None:
+    make, x = UNTOLD[case]
+    scope = found(make(), x, tracer)
+    assert (scope.sites, scope.refusals, scope.unnamed) == ([], [], [])
+
+
+def test_finds_parameters_by_dotted_name() -> None:
+    model = Sequence()
+    assert find_parameter(model, "layers.1.weight") is model.layers[1].weight
+    assert find_parameter(model, "layers.7.weight") is None
+    assert find_parameter(model, "layers") is None
