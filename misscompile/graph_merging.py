@@ -22,6 +22,7 @@ from misscompile.passes.find_calls import find_calls
 from misscompile.passes.match import apply_steps, passes_weight
 from misscompile.passes.merge import check_finite
 from misscompile.plan import Block, ModelScope, Site, WeightPath
+from misscompile.state import STATE
 
 
 @dataclasses.dataclass
@@ -58,6 +59,7 @@ def plan_graph_folds(root: WholeGraph, names: Sequence[str]) -> list[GraphFold]:
         for owner, sites, call in owners:
             part = _part(root, owner, sites, names)
             if part is not None:
+                _check_clonable(root, part, call)
                 weight = root.get_parameter(part.path.parameter)
                 fold = folds.setdefault((id(weight), call), GraphFold(part.path.parameter, [], call))
                 if all(part.path.steps != other.path.steps for other in fold.parts):  # tied names share their block
@@ -163,6 +165,17 @@ def _part(root: WholeGraph, owner: str, sites: list[Site], names: Sequence[str])
     return Part(owner, path, tuple(state.blocks[name] for name in names if name in state.blocks), sites)
 
 
+def _check_clonable(root: WholeGraph, part: Part, call: int | None) -> None:
+    """Refuse to unshare a module that is one node and has trained copies: each clone would need its own."""
+    node = part.sites[0].node
+    if call is not None and node.op == "call_module" and STATE in vars(root.get_submodule(str(node.target))):
+        raise MergeError(
+            f"{part.owner}: its module {node.target!r} is one node of the graph and has trained tensors beside its blocks, "
+            "which a merge cannot give to each call. Capture the model with misscompile.capture, or adapt without bias and "
+            "modules_to_save."
+        )
+
+
 def _check_apart(weight: Tensor, part: Part, others: Sequence[Part]) -> None:
     """Refuse to add two updates to one element: each call would then compute both."""
     for other in others:
@@ -178,9 +191,13 @@ def _unshare(root: WholeGraph, graph: fx.Graph, site: Site, fold: GraphFold, mer
     node = site.node
     if node.op == "call_module":
         clone = copy.copy(root.get_submodule(str(node.target)))
-        clone._parameters = {**clone._parameters, "weight": merged}
         node.target = call_owner(str(node.target), fold.call or 0)
         parent, _, name = node.target.rpartition(".")
+        holder = root.get_submodule(node.target)  # of the block of this call: the clone takes its name, and so its record
+        state = vars(clone)[STATE] = vars(holder)[STATE]
+        state.base_class = type(clone)
+        blocks = {key: value for key, value in holder._parameters.items() if key in state.all_registered()}
+        clone._parameters = {**clone._parameters, "weight": merged, **blocks}
         root.get_submodule(parent)._modules[name] = clone
         return
     owner, _, name = fold.parameter.rpartition(".")

@@ -263,7 +263,8 @@ def drop_empty_containers(root: WholeGraph) -> None:
     called = {str(node.target) for node in root.graph.nodes if node.op == "call_module"}
     for name, module in reversed(list(root.named_modules())):
         empty = not module._modules and not module._parameters and not module._buffers
-        if name and empty and name not in called and type(module) is nn.Module:
+        ours = type(module) is nn.Module or "#" in name.rpartition(".")[2]  # a container, or the rest of an undone clone
+        if name and empty and name not in called and ours:
             parent, _, last = name.rpartition(".")
             del root.get_submodule(parent)._modules[last]
 
