@@ -362,3 +362,83 @@ def test_gpt2s_tied_head_is_left_out_or_refused_by_merge() -> None:
     assert largest_difference(head(**batch), graph(**batch)) > 1e-4
     with pytest.raises(mc.MergeError, match="its weight is also read by 'embedding'"):
         mc.merge(head)
+
+
+def test_a_sequence_classifier_trains_its_head_without_being_told(tmp_path: Path) -> None:
+    model, graph = captured("bert")
+    batch = make_batch("bert")
+    config = fields(task_type="SEQ_CLS", target_modules=["query", "value"])
+    trained, module = mc.adapt(graph, config), mc.adapt(copy.deepcopy(model), config)
+    names = {name for name, _ in mc.trainable_parameters(trained)}
+    assert {"classifier.miss_copy_default_weight", "classifier.miss_copy_default_bias"} <= names
+    assert names == {name for name, _ in mc.trainable_parameters(module)}
+    for each in (fill_blocks(trained), fill_blocks(module)):
+        with torch.no_grad():
+            each.get_parameter("classifier.miss_copy_default_bias").add_(0.5)
+    outputs = trained(**batch), module(**batch)
+    assert largest_difference(*outputs) < 1e-9
+    for output in outputs:
+        loss_of(output).backward()
+    for name in names:
+        ours, expected = trained.get_parameter(name).grad, module.get_parameter(name).grad
+        assert ours is not None
+        assert expected is not None
+        assert max_error(ours, expected) < 1e-9
+    mc.save_adapter(trained, tmp_path)
+    assert largest_difference(mc.load_adapter(copy.deepcopy(model), tmp_path)(**batch), outputs[0]) < 1e-9
+    mc.merge(trained)
+    assert largest_difference(trained(**batch), outputs[0]) < 1e-9
+    assert graph_list(trained) == graph_list(graph)
+
+
+class Repeating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.tanh(self.step(x))
+        return x
+
+
+def test_merge_refuses_to_clone_a_module_with_trained_copies() -> None:
+    own = mc.adapt(fx.symbolic_trace(Repeating().double()), fields(bias="all"), per_call_site=True)
+    before = fill_blocks(own)(X)
+    with pytest.raises(mc.MergeError, match="step#0: its module 'step' is one node of the graph and has trained tensors"):
+        mc.merge(own)
+    assert torch.equal(own(X), before)
+
+
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_a_module_that_the_tracer_kept_is_unshared_by_a_merge(init_weights: Any) -> None:
+    torch.manual_seed(0)
+    model = Repeating().double()
+    graph = fx.symbolic_trace(model)
+    own = fill_blocks(mc.adapt(graph, fields(init_weights), per_call_site=True), std=0.2)
+    blocks = {name: block.detach().clone() for name, block in blocks_of(own).items()}
+    assert list(blocks) == [f"step#{call}.miss_block_default" for call in range(3)]
+    expected = X
+    for block in blocks.values():
+        weight = model.step.weight + reference_delta(init_weights, block, model.step.weight)
+        expected = torch.tanh(nn.functional.linear(expected, weight, model.step.bias))
+    output = own(X)
+    assert max_error(output, expected) < 1e-12
+    mc.merge(own, keep_adapters=True)
+    assert max_error(own(X), expected) < 1e-12
+    with mc.disable_adapter(own):
+        assert torch.equal(own(X), model(X))
+    assert max_error(own(X), expected) < 1e-12
+    mc.unmerge(own)
+    assert torch.equal(own(X), output)
+    undone = mc.unload(copy.deepcopy(own))
+    assert graph_list(undone) == graph_list(graph)
+    assert [name for name, _ in undone.named_modules()] == [name for name, _ in graph.named_modules()]
+    mc.merge(own)
+    assert max_error(own(X), expected) < 1e-12
+    assert [name for name, _ in own.named_parameters()] == ["step.bias", "step#0.weight", "step#1.weight", "step#2.weight"]
+    assert {type(own.get_submodule(f"step#{call}")) for call in range(3)} == {nn.Linear}
+    assert [str(node.target) for node in own.graph.nodes if node.op == "call_module"] == [
+        f"step#{call}" for call in range(3)
+    ]
+    assert torch.equal(graph(X), model(X))
