@@ -272,7 +272,9 @@ def test_only_graph_modules_and_programs_are_graphs() -> None:
 def llama() -> WholeGraph:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return mc.capture(tiny_llama(num_hidden_layers=3), kwargs={"input_ids": token_batch()})
+        return mc.capture(
+            tiny_llama(num_hidden_layers=3, hidden_size=16, intermediate_size=24), kwargs={"input_ids": token_batch()}
+        )
 
 
 def chosen(**fields: Any) -> set[str]:
@@ -322,7 +324,7 @@ def test_a_model_type_without_a_default_is_told() -> None:
 
 def test_ranks_that_do_not_fit_are_told_by_site() -> None:
     with pytest.raises(
-        mc.ConfigError, match=r"MissConfig\.r=33 does not fit .*\n  model\.layers\.0\.self_attn\.q_proj \(32→32\)"
+        mc.ConfigError, match=r"MissConfig\.r=33 does not fit .*\n  model\.layers\.0\.self_attn\.q_proj \(16→16\)"
     ):
         mc.adapt(llama(), {"r": 33, "target_modules": ["q_proj"]})
     _, decoder = captured("decoder")
