@@ -158,8 +158,8 @@ def features_last(x: Tensor, strides: Sequence[int]) -> Tensor:
 
 
 def features_first(y: Tensor, positions: int) -> Tensor:
-    """`y (…, *positions, C)` as the `(…, C, *positions)` that a convolution returns."""
-    return y.movedim(-1, -1 - positions)
+    """`y (…, *positions, C)` as the `(…, C, *positions)` that a convolution returns, in memory too: a model may view it."""
+    return y.movedim(-1, -1 - positions).contiguous()
 
 
 def delta_weight(variant: Variant, block: Tensor, weight: Tensor) -> Tensor:

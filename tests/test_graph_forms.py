@@ -153,3 +153,22 @@ def test_form(form: str, tracer: str, init_weights: Any) -> None:
     assert [name for name, _ in adapted.named_parameters()] == [name for name, _ in graph.named_parameters()]
     assert torch.equal(model.proj.weight, weight)
     assert graph.code == code
+
+
+@pytest.mark.parametrize("init_weights", VARIANTS)
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_convolution_may_be_viewed(tracer: str, init_weights: Any) -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Conv2d(IN, OUT, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(x).view(2, OUT * 20)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Viewed().double(), features(2, IN, 4, 5)
+    adapted = fill_blocks(mc.adapt(TRACERS[tracer](model, x), config(init_weights)), std=0.3)
+    delta = reference_delta(init_weights, blocks_of(adapted)["proj.miss_block_default"], model.proj.weight.flatten(1))
+    update = torch.einsum("bihw,oi->bohw", x, delta).flatten(1)
+    assert max_error(adapted(x), model(x) + update) < 1e-12
