@@ -176,12 +176,13 @@ def test_a_symbolic_trace_with_batch_norm_keeps_following_its_modules() -> None:
     graph = fx.symbolic_trace(model)
     adapted = mc.adapt(graph, fields(r=2)).eval()  # its batch norm is a module, which has a mode of its own
     image = torch.randn(2, 3, 12, 10, dtype=torch.float64)
-    assert torch.equal(adapted(image), model.eval()(image))
+    with torch.no_grad():
+        assert torch.equal(adapted(image), model.eval()(image))
     statistics = model.stem[1].running_mean.clone()
     adapted.train()
     model.train()
     expected = copy.deepcopy(model)(image)
-    assert torch.equal(adapted(image), expected)
+    assert max_error(adapted(image), expected) < 1e-12
     assert torch.equal(model.stem[1].running_mean, statistics)  # buffers of the given graph are not written
 
 
