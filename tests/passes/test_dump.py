@@ -160,10 +160,10 @@ CODE = text("""
         weight = self.weight
         bias = self.bias
         miss_block_a = self.miss_block_a
-        linear = torch._C._nn.linear(input_1, weight, bias);  weight = bias = None
         operand_dtype = misscompile_variants_operand_dtype(input_1)
-        unflatten = torch.unflatten(input_1, -1, (3, 4));  input_1 = None
+        unflatten = torch.unflatten(input_1, -1, (3, 4))
         sum_1 = unflatten.sum(-2, dtype = operand_dtype);  unflatten = operand_dtype = None
+        linear = torch._C._nn.linear(input_1, weight, bias);  input_1 = weight = bias = None
         add_product = misscompile_variants_add_product(linear, sum_1, miss_block_a, 3);  linear = sum_1 = miss_block_a = None
         return add_product
 """)
