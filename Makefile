@@ -19,8 +19,9 @@ OUT ?= out/bench
 demo: $(INSTALLED)
 	TQDM_DISABLE=1 $(BIN)/python examples/finetune_smollm2.py
 
+# PYTHONHASHSEED: pytest's processes, one for each core, have to name the tests alike, also those about sets.
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n auto --dist loadfile
 	@echo "Shown: every test passes."
 
 bench: $(INSTALLED)

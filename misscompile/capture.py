@@ -70,10 +70,13 @@ def capture(
     with _ready_for_export(root):
         module = _export(root, args, named, dynamic_shapes)
         graph = copy_nodes(module.graph)
-        with _in_mode(root, not root.training):
+        other: fx.Graph | None = None
+        with _in_mode(root, not root.training), contextlib.suppress(CaptureError):  # one mode is enough
             other = copy_nodes(_export(root, args, named, dynamic_shapes).graph)
-    follows = follow_mode(*(graph, other) if root.training else (other, graph))
-    graph = other if follows and not root.training else graph
+    training, evaluation = (graph, other) if root.training else (other, graph)
+    follows = training is not None and evaluation is not None and follow_mode(training, evaluation)
+    if follows and training is not None:
+        graph = training
     captured = WholeGraph(module, graph)
     keep_persistence(captured, root)
     captured.training = root.training

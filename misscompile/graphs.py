@@ -22,6 +22,7 @@ from misscompile.passes.find_calls import find_calls
 from misscompile.passes.inline import inline_regions
 from misscompile.passes.insert import insert_updates
 from misscompile.passes.share import share_sums
+from misscompile.pipeline import run_passes
 from misscompile.plan import ModelScope, Site
 from misscompile.state import STATE, OwnerState
 
@@ -196,7 +197,6 @@ def call_owner(name: str, index: int) -> str:
 def derive_graph(root: WholeGraph) -> None:
     """Make the graph of `root` that of its base with the blocks that act now."""
     scope = derive_scope(root)
-    scope.graph.lint()
     root.graph = scope.graph
     root.recompile()
 
@@ -210,8 +210,7 @@ def derive_scope(root: WholeGraph) -> ModelScope:
                 state = owner_state(root, owner)
                 if state is not None and state.shape is not None and state.blocks:
                     site.blocks, site.owner = state.effective_blocks(), owner
-    for model_pass in ADAPT_GRAPH:
-        model_pass(scope)
+    run_passes(ADAPT_GRAPH, scope)
     return scope
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from misscompile.passes.install import (
     set_class,
 )
 from misscompile.passes.trace import make_opaque, trace_forward
-from misscompile.plan import Block, Scope
+from misscompile.plan import Block, ModelScope, Scope
 from misscompile.state import STATE, OwnerState
 
 logger = logging.getLogger("misscompile.passes")
@@ -33,6 +33,7 @@ Copies = tuple[tuple[str, str], ...]
 """`(tensor, its registered copy)` for everything that the active adapters train in full on one module."""
 
 ScopePass = Callable[[Scope], None]
+S = TypeVar("S", Scope, ModelScope)
 
 ADAPT: tuple[ScopePass, ...] = (find_sites, insert_updates, generate_forward)
 """What happens to the traced graph of an owner, in this order."""
@@ -41,14 +42,14 @@ _traced: dict[Any, Scope] = {}
 _classes: dict[Any, type[AdaptedOwner]] = {}
 
 
-def run_passes(passes: Sequence[ScopePass], scope: Scope) -> None:
+def run_passes(passes: Sequence[Callable[[S], None]], scope: S) -> None:
     """Run `passes` over `scope` in their order, lint the graph after each, and log it where a pass changed it (DEBUG)."""
     before = ""
     for scope_pass in passes:
         scope_pass(scope)
         scope.graph.lint()
         if logger.isEnabledFor(logging.DEBUG) and (after := str(scope.graph)) != before:
-            logger.debug("%s after %s:\n%s", scope.base_class.__name__, scope_pass.__name__, after)
+            logger.debug("%s after %s:\n%s", scope.label, scope_pass.__name__, after)
             before = after
 
 

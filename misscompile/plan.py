@@ -109,6 +109,11 @@ class Scope:
     code: str = ""
     forward: Callable[..., Any] | None = None
 
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.base_class.__name__
+
 
 @dataclasses.dataclass(eq=False)
 class ModelScope:
@@ -121,6 +126,11 @@ class ModelScope:
     """Calls that look like linears and cannot take a block."""
     unnamed: list[str] = dataclasses.field(default_factory=list)
     """Weights of linear calls of which nothing tells the owner."""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return "whole graph"
 
 
 @dataclasses.dataclass

@@ -1,9 +1,10 @@
-"""Shared set-up: everything runs offline, on two threads, and from a fixed seed."""
+"""Shared set-up: everything runs offline, from a fixed seed, and on one thread for each of pytest's processes."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors, and processes that would wait for each other's threads
 
 import pytest
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,13 @@ import misscompile as mc
 
 VARIANTS: tuple[Any, ...] = (True, "mini", "bat")
 """`init_weights` of the three algebras."""
+
+
+def stable_id(value: Any) -> str:
+    """A name for a test's parameter that is the same in every process: no addresses, sets in order."""
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value).__name__}{sorted(value, key=repr)}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def fill_blocks(model: nn.Module, std: float = 0.05, seed: int = 1) -> nn.Module:

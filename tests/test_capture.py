@@ -305,3 +305,23 @@ def test_an_exported_program_with_frozen_dropout_refuses_the_other_mode() -> Non
     plain = mc.adapt(torch.export.export(TwoLinears(), (X,)), {"r": 4, "target_modules": "all-linear"})
     plain.train()
     plain.eval()  # nothing in it depends on a mode
+
+
+class _TrainsOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y if self.training else y * float(y.sum())
+
+
+def test_one_mode_is_enough() -> None:
+    graph = mc.capture(_TrainsOnly(), (torch.ones(3, 8),))
+    assert graph.training
+    graph.train()
+    with pytest.raises(mc.StateError, match="was captured in training mode"):
+        graph.eval()
+    with pytest.raises(mc.CaptureError, match=r"float\(y\.sum\(\)\)"):
+        mc.capture(_TrainsOnly().eval(), (torch.ones(3, 8),))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import TwoLinears, fill_blocks, tiny_llama, token_batch
+from support import TwoLinears, fill_blocks, stable_id, tiny_llama, token_batch
 from torch import Tensor, nn
 
 import misscompile as mc
@@ -646,7 +646,7 @@ def test_a_block_without_values_is_not_saved(tmp_path: Path) -> None:
         (None, ArgumentError, "adapter_name: expected a string, found NoneType."),
         (["default"], ArgumentError, "adapter_name: expected a string, found list."),
     ],
-    ids=repr,
+    ids=stable_id,
 )
 def test_saving_an_adapter_that_is_not_there(tmp_path: Path, name: Any, kind: type[MissError], told: str) -> None:
     model = mc.adapt(adapted(), TARGETS | FIELDS["bat"], "second")
@@ -1001,7 +1001,7 @@ def test_a_wrong_base_model(tmp_path: Path, make: Callable[[], nn.Module], told:
         ("", ConfigError, "adapter_name=''"),
         (7, ArgumentError, "adapter_name: expected a string, found int."),
     ],
-    ids=repr,
+    ids=stable_id,
 )
 def test_a_wrong_name_for_the_loaded_adapter(tmp_path: Path, name: Any, kind: type[MissError], told: str) -> None:
     mc.save_adapter(adapted("balance"), tmp_path)
@@ -1013,7 +1013,7 @@ def test_a_wrong_name_for_the_loaded_adapter(tmp_path: Path, name: Any, kind: ty
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("folder", [None, 3, b"adapter", ["adapter"]], ids=repr)
+@pytest.mark.parametrize("folder", [None, 3, b"adapter", ["adapter"]], ids=stable_id)
 @pytest.mark.parametrize("verb", [mc.save_adapter, mc.load_adapter], ids=lambda verb: verb.__name__)
 def test_a_folder_that_is_no_path(verb: Any, folder: Any) -> None:
     model = adapted() if verb is mc.save_adapter else two_linears()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import stable_id
 from torch import nn
 
 import misscompile
@@ -120,14 +121,14 @@ GOOD: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [(field, value) for field, values in GOOD.items() for value in values], ids=repr
+    ("field", "value"), [(field, value) for field, values in GOOD.items() for value in values], ids=stable_id
 )
 def test_good_value_is_kept(field: str, value: Any) -> None:
     assert getattr(MissConfig(**{field: value}), field) == value
 
 
-@pytest.mark.parametrize("pattern", ["layers", ["layers"], ["h", "layers"], r"(?:h|layers)"], ids=repr)
-@pytest.mark.parametrize("layers", [0, [1, 2]], ids=repr)
+@pytest.mark.parametrize("pattern", ["layers", ["layers"], ["h", "layers"], r"(?:h|layers)"], ids=stable_id)
+@pytest.mark.parametrize("layers", [0, [1, 2]], ids=stable_id)
 def test_layers_pattern_goes_with_layers_to_transform(pattern: Any, layers: Any) -> None:
     config = MissConfig(target_modules=LIST, layers_to_transform=layers, layers_pattern=pattern)
     assert (config.layers_to_transform, config.layers_pattern) == (layers, pattern)
@@ -173,7 +174,9 @@ def test_bad_values_cover_every_field() -> None:
     assert sorted(BAD) == sorted(FIELDS)
 
 
-@pytest.mark.parametrize(("field", "value"), [(f, value) for f, (_, values) in BAD.items() for value in values], ids=repr)
+@pytest.mark.parametrize(
+    ("field", "value"), [(f, value) for f, (_, values) in BAD.items() for value in values], ids=stable_id
+)
 def test_bad_value_is_an_error_that_names_field_value_and_remedy(field: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         MissConfig(**{field: value})
@@ -182,7 +185,7 @@ def test_bad_value_is_an_error_that_names_field_value_and_remedy(field: str, val
     assert isinstance(caught.value, MissError)
 
 
-@pytest.mark.parametrize("pattern", ["[", "(a", "*q", "a{2,1}", "(?P<x>a)(?P<x>b)", "\\"], ids=repr)
+@pytest.mark.parametrize("pattern", ["[", "(a", "*q", "a{2,1}", "(?P<x>a)(?P<x>b)", "\\"], ids=stable_id)
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
 def test_broken_expression(field: str, pattern: str) -> None:
     values = {"target_modules": LIST, "layers_to_transform": 0} if field == "layers_pattern" else {}
@@ -194,7 +197,7 @@ def test_broken_expression(field: str, pattern: str) -> None:
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*q_proj"])
 @pytest.mark.parametrize(
-    "extra", [{"layers_to_transform": 0}, {"layers_to_transform": [1]}, {"layers_pattern": "h"}], ids=repr
+    "extra", [{"layers_to_transform": 0}, {"layers_to_transform": [1]}, {"layers_pattern": "h"}], ids=stable_id
 )
 def test_layers_do_not_go_with_a_string_of_targets(targets: str, extra: dict[str, Any]) -> None:
     (field, value) = next(iter(extra.items()))
@@ -298,7 +301,7 @@ def test_from_json_of_something_else(text: str, kind: str) -> None:
         MissConfig.from_json(text)
 
 
-@pytest.mark.parametrize("values", [None, "r=1", 3, [("r", 1)]], ids=repr)
+@pytest.mark.parametrize("values", [None, "r=1", 3, [("r", 1)]], ids=stable_id)
 def test_from_dict_of_something_else(values: Any) -> None:
     with pytest.raises(ArgumentError, match=f"takes a mapping of fields, found {type(values).__name__}") as caught:
         MissConfig.from_dict(values)
@@ -357,7 +360,7 @@ def test_coerce_config(config: Any) -> None:
     assert found is not config
 
 
-@pytest.mark.parametrize("config", [None, 3, "all-linear", [("r", 3)], object(), MissConfig, peft.MissConfig], ids=repr)
+@pytest.mark.parametrize("config", [None, 3, "all-linear", [("r", 3)], object(), MissConfig, peft.MissConfig], ids=stable_id)
 def test_coerce_config_of_something_else(config: Any) -> None:
     with pytest.raises(
         ArgumentError, match=r"config: expected a misscompile\.MissConfig, a peft\.MissConfig or a dict, found"

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from misscompile.passes import find, insert, install, trace
 from support import TwoLinears, adapted, tiny_gpt2, tiny_llama
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import misscompile as mc
 from misscompile import pipeline
+from misscompile.graphs import ADAPT_GRAPH
+from misscompile.passes import find, insert, install, trace
 from misscompile.pipeline import ADAPT, run_passes, specialize, trace_scope
 from misscompile.plan import Block, Scope
 from misscompile.state import STATE, owners
@@ -254,3 +255,12 @@ def test_removing_the_last_block_restores_the_owner() -> None:
     pipeline.remove_from_owner(model.up, ["b", "unknown"])
     assert type(model.up) is nn.Linear
     assert set(vars(model.up)) == set(vars(nn.Linear(12, 8)))
+
+
+def test_a_whole_graph_is_rewritten_in_this_order_and_each_change_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert [model_pass.__name__ for model_pass in ADAPT_GRAPH] == ["insert_updates", "share_sums"]
+    graph = fx.symbolic_trace(nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4)))
+    with caplog.at_level(logging.DEBUG, "misscompile.passes"):
+        mc.adapt(graph, mc.MissConfig(r=4, target_modules="all-linear"))
+    told = [record.getMessage().splitlines()[0] for record in caplog.records]
+    assert told == ["whole graph after insert_updates:"]  # no two sites share an input: nothing to share

@@ -313,7 +313,7 @@ def test_a_layers_pattern_that_is_not_there_is_told() -> None:
         ),
         (
             "lm",
-            {"target_modules": {"zz", "xx"}},
+            {"target_modules": ("zz", "xx")},
             "target_modules=['xx', 'zz'] matches no module of the model. A list entry matches a whole name or its last "
             "segments; a string is a regular expression for the whole name.",
         ),
