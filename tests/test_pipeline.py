@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from misscompile.passes import find, insert, install, trace
 from support import TwoLinears, adapted, tiny_gpt2, tiny_llama
 from torch import Tensor, fx, nn
 
 import misscompile as mc
 from misscompile import pipeline
 from misscompile.graphs import ADAPT_GRAPH
-from misscompile.passes import find, insert, install, trace
 from misscompile.pipeline import ADAPT, run_passes, specialize, trace_scope
 from misscompile.plan import Block, Scope
 from misscompile.state import STATE, owners
