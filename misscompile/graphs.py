@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from misscompile.errors import ArgumentError, StateError
@@ -84,7 +85,7 @@ class WholeGraph(fx.GraphModule):
         return self
 
     def __deepcopy__(self, memo: Any) -> WholeGraph:
-        copied = super().__deepcopy__(memo)
+        copied = super().__deepcopy__(_copy_graph_once(self, memo))
         assert isinstance(copied, WholeGraph)
         keep_persistence(copied, self)
         return copied
@@ -118,7 +119,7 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
     held = vars(module)
     patched = {name: held.pop(name) for name in ("train", "eval") if name in held}  # torch.export forbids both by instance
     try:
-        copied = copy.deepcopy(module, shared)
+        copied = copy.deepcopy(module, _copy_graph_once(module, shared))
     finally:
         held.update(patched)
     if isinstance(module, WholeGraph):
@@ -133,6 +134,21 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
     graph = copy_nodes(copied.graph)
     root.meta[RECORD] = GraphRecord(graph, frozen_mode(graph), outputs=_output_names(graph))
     return root
+
+
+def _copy_graph_once(module: fx.GraphModule, memo: dict[int, Any]) -> dict[int, Any]:
+    """`memo` with a copy of the graph in which the specs of inputs and outputs, which never change, are the same objects.
+
+    A deepcopy of the specs works, and warns of a class that torch itself will not instantiate any more.
+    """
+    if id(module.graph) not in memo:
+        memo[id(module.graph)] = copy_nodes(module.graph)
+    specs = {id(value): value for value in vars(module).values() if isinstance(value, pytree.TreeSpec)}
+    if isinstance(module, WholeGraph) and RECORD in module.meta:
+        base = record_of(module).base
+        memo.setdefault(id(base), copy_nodes(base))
+    memo.update(specs)
+    return memo
 
 
 def _output_names(graph: fx.Graph) -> tuple[str, ...]:
