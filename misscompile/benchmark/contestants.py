@@ -15,7 +15,7 @@ import misscompile
 from misscompile.benchmark.models import Probe, build_model, hidden_size, random_input
 from misscompile.benchmark.settings import Settings, dtype_named
 
-Library = Literal["base", "misscompile", "peft"]
+Provider = Literal["base", "misscompile", "peft"]
 
 INIT_WEIGHTS: dict[str, bool | str] = {"balance": True, "mini": "mini", "bat": "bat"}
 
@@ -25,19 +25,19 @@ class Contestant:
     """A library and what it adds to the base.
 
     Args:
-        library: "base" adds nothing.
+        provider: "base" adds nothing.
         method: a variant of MiSS, "lora", or "" for the base.
         dropout: probability of the adapter's dropout.
     """
 
-    library: Library
+    provider: Provider
     method: str = ""
     dropout: float = 0.0
 
     @property
     def label(self) -> str:
         suffix = f" dropout {self.dropout:g}" if self.dropout else ""
-        return f"{self.library} {self.method}{suffix}".strip()
+        return f"{self.provider} {self.method}{suffix}".strip()
 
 
 BASE = Contestant("base")
@@ -62,7 +62,7 @@ def lora_rank(r: int) -> int:
 
 def enter(model: PreTrainedModel, contestant: Contestant, settings: Settings) -> nn.Module:
     """`model` with what the contestant adds, at its start values; changed in place."""
-    if contestant.library == "base":
+    if contestant.provider == "base":
         return model
     if contestant.method == "lora":
         rank = lora_rank(settings.r)
@@ -77,7 +77,7 @@ def enter(model: PreTrainedModel, contestant: Contestant, settings: Settings) ->
         "init_weights": INIT_WEIGHTS[contestant.method],
         "target_modules": "all-linear",
     }
-    if contestant.library == "misscompile":
+    if contestant.provider == "misscompile":
         return misscompile.adapt(model, fields)
     return _peft_model(model, peft.MissConfig(**fields))
 

@@ -45,9 +45,9 @@ def draw(tables: Iterable[Table], caption: str, files: Iterable[Path]) -> None:
 
 
 def _panels(found: dict[str, list[Row]]) -> Iterable[tuple[str, list[Row], str]]:
-    """Title, lines and unit of each panel; a line has a label, a library, a middle, and perhaps quartiles and a floor."""
+    """Title, lines and unit of each panel; a line has a label, a provider, a middle, and perhaps quartiles and a floor."""
     for (dtype, mode), rows in itertools.groupby(found.get("steps", []), lambda row: (row["dtype"], row["mode"])):
-        lines = [_line(row, row["ratio"], row["floor"]) for row in rows if row["library"] != "base"]
+        lines = [_line(row, row["ratio"], row["floor"]) for row in rows if row["provider"] != "base"]
         yield f"Training step, {SHORT[dtype]} base, {mode}", lines, "time ÷ frozen base's"
     for (dtype, mode), rows in itertools.groupby(found.get("memory", []), lambda row: (row["dtype"], row["mode"])):
         lines = [_line(row, 1 + row["saved_over_base"]) for row in rows if row["contestant"] != "base"]
@@ -58,17 +58,17 @@ def _panels(found: dict[str, list[Row]]) -> Iterable[tuple[str, list[Row], str]]
 
 
 def _line(row: Row, value: Any, floor: float | None = None) -> Row:
-    library, _, label = row["contestant"].partition(" ")
+    provider, _, label = row["contestant"].partition(" ")
     middle, low, high = (value["median"], value["q1"], value["q3"]) if isinstance(value, dict) else (value, value, value)
-    return {"library": library, "label": label, "middle": middle, "low": low, "high": high, "floor": floor}
+    return {"provider": provider, "label": label, "middle": middle, "low": low, "high": high, "floor": floor}
 
 
 def _draw_panel(axes: Axes, title: str, lines: list[Row], unit: str) -> None:
     labels = list(dict.fromkeys(line["label"] for line in lines))
     for line in lines:
-        shift = -0.17 if line["library"] == "misscompile" else 0.17
+        shift = -0.17 if line["provider"] == "misscompile" else 0.17
         y = labels.index(line["label"]) + shift
-        colour = COLOURS[line["library"]]
+        colour = COLOURS[line["provider"]]
         axes.plot([line["low"], line["high"]], [y, y], color=colour, linewidth=4, alpha=0.45, solid_capstyle="butt")
         axes.plot(line["middle"], y, "o", color=colour, markersize=6)
         axes.annotate(

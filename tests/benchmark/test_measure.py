@@ -122,7 +122,7 @@ def test_every_contestant_starts_from_the_same_weights_and_has_what_it_is_called
         (found,) = [p for name, p in parameters.items() if re_base(name) == "model.layers.1.mlp.up_proj.weight"]
         torch.testing.assert_close(found, weight, rtol=0, atol=0)
         trained = {name for name, p in parameters.items() if p.requires_grad} - {"shift"}
-        word = {"base": None, "misscompile": "miss_block", "peft": "miss_block"}[contestant.library]
+        word = {"base": None, "misscompile": "miss_block", "peft": "miss_block"}[contestant.provider]
         word = "lora_" if contestant.method == "lora" else word
         assert bool(trained) == (word is not None)
         assert all(word is not None and word in name and bool(parameters[name].any()) for name in trained)

@@ -34,15 +34,15 @@ class Adapting:
 
 def run(settings: Settings) -> list[Table]:
     """One table: a row for each contestant; the dtype makes no difference, so the first one is taken."""
-    adaptings = {c: Adapting(c, settings, settings.dtypes[0]) for c in entries(settings) if c.library != "base"}
+    adaptings = {c: Adapting(c, settings, settings.dtypes[0]) for c in entries(settings) if c.provider != "base"}
     trials = {contestant: Trial(adapting.run, adapting.prepare) for contestant, adapting in adaptings.items()}
     first = take_turns(trials, 1, settings.device, warmup=0)
     seconds = take_turns(trials, settings.rounds, settings.device, warmup=0)
-    sites = {c: len(owners(a.model)) for c, a in adaptings.items() if c.library == "misscompile"}
+    sites = {c: len(owners(a.model)) for c, a in adaptings.items() if c.provider == "misscompile"}
     rows: list[Row] = []
     for contestant, own in seconds.items():
         rival = Contestant("peft", contestant.method)
-        against = ratios(own, seconds[rival]) if contestant.library == "misscompile" and rival in seconds else None
+        against = ratios(own, seconds[rival]) if contestant.provider == "misscompile" and rival in seconds else None
         rows.append(
             {
                 "contestant": contestant.label,

@@ -70,14 +70,14 @@ def _count(contestant: Contestant, field: Field) -> Row:
 
 
 def _adapter_off(contestant: Contestant, probe: Probe) -> contextlib.AbstractContextManager[Any]:
-    if contestant.library == "misscompile":
+    if contestant.provider == "misscompile":
         return misscompile.disable_adapter(probe.model)
     context: contextlib.AbstractContextManager[Any] = probe.model.disable_adapter()  # type: ignore[operator]  # PeftModel's
     return context
 
 
 def _times(settings: Settings) -> Table:
-    ours = [c for c in entries(settings) if c.library != "peft"]
+    ours = [c for c in entries(settings) if c.provider != "peft"]
     preset, rounds = settings.preset(YARDSTICK), max(2, settings.rounds // 4)
     field = line_up(ours, settings, preset, settings.dtypes[0], TOKENS)
     trials = {contestant: _compiling(field, contestant) for contestant in ours}

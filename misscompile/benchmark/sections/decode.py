@@ -60,7 +60,7 @@ def run(settings: Settings) -> list[Table]:
         model = enter(copy.deepcopy(base), contestant, settings)
         fill_blocks(model)
         models = {contestant.label: model}
-        if contestant.library == "misscompile" and contestant.method == "bat":
+        if contestant.provider == "misscompile" and contestant.method == "bat":
             models[f"{contestant.label}, cached weight"] = misscompile.merge(copy.deepcopy(model), keep_adapters=True)
         for label, entered in models.items():
             decoding = Decoding(entered, prompt)

@@ -50,7 +50,7 @@ def run(settings: Settings) -> list[Table]:
 def _entries(settings: Settings) -> list[Contestant]:
     """The usual ones, and balance once more with dropout."""
     usual = entries(settings)
-    return usual + [Contestant(c.library, c.method, DROPOUT) for c in usual if c.method == "balance"]
+    return usual + [Contestant(c.provider, c.method, DROPOUT) for c in usual if c.method == "balance"]
 
 
 def _row(dtype: str, mode: str, contestant: Contestant, measured: dict[Contestant, tuple[int, int | None]]) -> Row:

@@ -30,7 +30,7 @@ class Merging:
         fill_blocks(self._model)
 
     def run(self) -> None:
-        if self._contestant.library == "misscompile":
+        if self._contestant.provider == "misscompile":
             misscompile.merge(self._model)
         else:
             self._model = self._model.merge_and_unload()
@@ -56,7 +56,7 @@ def run(settings: Settings) -> list[Table]:
     """One table: a row for each dtype and contestant."""
     rows: list[Row] = []
     for dtype in settings.dtypes:
-        contestants = [c for c in entries(settings) if c.library != "base"]
+        contestants = [c for c in entries(settings) if c.provider != "base"]
         copying = Copying(_adapted_weights(settings, dtype))
         trials = {c.label: Merging(c, settings, dtype).trial() for c in contestants}
         seconds = take_turns({"copy": Trial(copying.run), **trials}, settings.rounds, settings.device)

@@ -30,7 +30,7 @@ def run(settings: Settings) -> list[Table]:
                     "dtype": dtype,
                     "mode": mode,
                     "contestant": contestant.label,
-                    "library": contestant.library,
+                    "provider": contestant.provider,
                     "method": contestant.method,
                     "floor": floors[contestant],
                     "seconds": spread(seconds[key]),
@@ -69,7 +69,7 @@ def step_floors(field: Field, settings: Settings) -> dict[Contestant, float]:
     tokens = field.embedded.shape[1]
     floors = {}
     for contestant, probe in field.probes.items():
-        if contestant.library == "base":
+        if contestant.provider == "base":
             floors[contestant] = 1.0
         elif contestant.method == "lora":
             floors[contestant] = count_step(probe, field.embedded) / base
