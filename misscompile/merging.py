@@ -262,17 +262,22 @@ def _commit(fold: Fold, names: tuple[str, ...], keep_adapters: bool) -> None:
     first_name, first = fold.group[0]
     parameters = [(block, first.get_parameter(block.parameter)) for block in fold.blocks]
     merged = None
-    if parametrize.is_parametrized(first, "weight"):
+    parametrized = parametrize.is_parametrized(first, "weight")
+    # bat takes memory for every part: where that may fail, the weight should be whole. The others need none by then.
+    if parametrized or any(block.variant == "bat" for block in fold.blocks):
         merged = fold_weight(first, fold.blocks, first_name, fold.transposed)
-    elif keep_adapters:
+    if keep_adapters and not parametrized:
         vars(first)[STATE].base_values["weight"] = first.get_parameter("weight").detach().clone()
     for _, owner in fold.group:
         _write_copies(owner, names, keep_adapters)
     if merged is None:
         fold_in_place(first.get_parameter("weight"), parameters, fold.transposed)
+    elif not parametrized:
+        with torch.no_grad():
+            first.get_parameter("weight").copy_(merged)
     for name, owner in fold.group:
         _finish(owner, names, name, keep_adapters)
-    if merged is not None:
+    if parametrized and merged is not None:
         _replace_weight(first, merged)
     if keep_adapters:
         vars(first)[STATE].merged_versions["weight"] = tensor_version(first.get_parameter("weight"))

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from misscompile.config import MissConfig, Variant
-from misscompile.graphs import WholeGraph, call_names, call_owner, derive_graph, find_module, record_of
+from misscompile.graphs import WholeGraph, call_names, call_owner, derive_graph, find_module, frozen_mode, record_of
 from misscompile.passes.strip import block_owner, is_block, strip_updates
 from misscompile.plan import Adapter, Block, ModelScope
 from misscompile.state import STATE, OwnerState, copy_name, owners
@@ -40,6 +40,7 @@ def recover_adapters(root: WholeGraph) -> None:
     _adopt_copies(root, graph, names)
     scope = ModelScope(root, graph)
     rates = strip_updates(scope)
+    record_of(root).mode = frozen_mode(graph)  # a dropout of the adapter follows the mode again
     sites = {name: calls[0] for name, calls in call_names(scope).items()}
     sites |= {call_owner(name, i): call for name, calls in call_names(scope).items() for i, call in enumerate(calls)}
     for adapter_name in names:

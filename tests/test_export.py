@@ -128,3 +128,14 @@ def test_the_adapters_of_an_exported_program_are_read_back(base: Any) -> None:
     torch.testing.assert_close(again.eval()(**OTHER).logits, expected(graph, base), atol=1e-6, rtol=0)
     with pytest.raises(mc.StateError, match="adapter_name='more' is in use"):
         mc.adapt(program, {"r": 2, "target_modules": ["key"]}, "more")
+
+
+def test_only_the_dropout_of_the_base_freezes_the_mode_of_an_exported_program() -> None:
+    plain = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6)).double()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    graph = mc.adapt(mc.capture(plain, (x,)), {"r": 4, "miss_dropout": 0.5, "target_modules": "all-linear"})
+    program = torch.export.export(fill_blocks(graph).eval(), (x,))
+    again = mc.adapt(program, {"r": 2, "target_modules": ["0"]}, "more")
+    mc.set_adapter(again, "default")
+    torch.testing.assert_close(again.eval()(x), graph(x))
+    assert not torch.allclose(again.train()(x), graph(x))  # the dropout acts

@@ -407,3 +407,23 @@ def test_an_interrupt_waits_until_the_module_is_merged(monkeypatch: pytest.Monke
     monkeypatch.undo()
     mc.merge(model)
     assert max_error(model(x), y) < 1e-12
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_weight_leaves_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(nn.Sequential(nn.Linear(12, 20)), "bat", r=4)
+    before, x = model[0].weight.detach().clone(), torch.randn(3, 12)
+    expected = model(x)
+    real, calls = merge_pass.bat_delta, []
+
+    def fails_at_the_second_part(*args: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(merge_pass, "_CACHED", 4 * 12)  # one row block at a time
+    monkeypatch.setattr(merge_pass, "bat_delta", fails_at_the_second_part)
+    with pytest.raises(MemoryError):
+        mc.merge(model)
+    assert torch.equal(model[0].weight, before)
+    assert torch.equal(model(x), expected)
