@@ -17,7 +17,6 @@ from misscompile.errors import ArgumentError, MissWarning, StateError
 from misscompile.graph_merging import swap_unmerged
 from misscompile.graph_planning import plan_graph_adapter
 from misscompile.graphs import WholeGraph, copy_graph, record_of, refresh_graphs, whole_graphs
-from misscompile.passes.install import find_foreign_forward
 from misscompile.passes.register import create_blocks, create_copies, register_blocks
 from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, specialize
 from misscompile.plan import Plan, Scope
@@ -35,7 +34,6 @@ from misscompile.state import (
     require_adapter,
     swap_base_values,
     transaction,
-    unique_parameters,
     unwrap_model,
 )
 
@@ -153,25 +151,17 @@ def make_plan(
 
 def install_plan(root: nn.Module, plan: Plan) -> None:
     """Carry out a complete plan, all or nothing, and tell what it passed over."""
-    whole_graph = isinstance(root, WholeGraph)
-    fresh = [owner for owner in (*(t.owner for t in plan.targets), *plan.copies) if STATE not in vars(owner)]
-    foreign = {} if whole_graph else {owner: find_foreign_forward(owner) for owner in fresh}
+    scopes = {target.owner: target.scope for target in plan.targets if target.scope is not None}
     distinct = {(target.scope, target.block): target for target in plan.targets if target.scope is not None}
     for target in distinct.values():  # build every class before the first change: a rewrite that fails changes nothing
         specialize(target.owner, (target.in_features, target.out_features), (target.block,), (), target.scope)
-    modules = named_modules(root)
-    with transaction(modules.values(), [*(target.owner for target in plan.targets), *plan.copies]):
-        register_blocks(plan)
-        for owner in fresh:
-            vars(owner)[STATE].in_graph = whole_graph
-        for owner, forward in foreign.items():
-            vars(owner)[STATE].foreign_forward = forward
-        for parameter in unique_parameters(modules.values()):
+    with transaction(plan.modules, [*(target.owner for target in plan.targets), *plan.copies]) as parameters:
+        register_blocks(plan, in_graph=isinstance(root, WholeGraph))
+        for parameter in parameters:
             parameter.requires_grad = False  # the method of this name refuses uninitialised parameters
-        adapted = {name: module for name, module in modules.items() if STATE in vars(module)}
-        scopes = {target.owner: target.scope for target in plan.targets if target.scope is not None}
+        adapted = {name: module for module, name in plan.modules.items() if STATE in vars(module)}
         _activate(adapted, (plan.adapter.name,), scopes)
-        refresh_graphs(root)
+        refresh_graphs(plan.modules)
         for note in plan.notes:  # a filter may turn the warning into an error
             warnings.warn(note, MissWarning, stacklevel=3)
 
@@ -210,7 +200,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     _check_copies_apart(root, names)
     with transaction(named_modules(root).values()):
         _activate(owners(root), tuple(dict.fromkeys(names)))
-        refresh_graphs(root)
+        refresh_graphs(root.modules())
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -226,7 +216,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     with transaction(named_modules(root).values()):
         for name, owner in owners(root).items():
             remove_from_owner(owner, [adapter_name], name)
-        refresh_graphs(root)
+        refresh_graphs(root.modules())
     left = list(adapters_of(root))
     if left and not active_adapters(root):
         warnings.warn(f"no adapter is active now; set_adapter can activate {left}.", MissWarning, stacklevel=2)
@@ -282,12 +272,12 @@ def unload(model: M) -> M:
     with transaction(named_modules(root).values()):
         for owner in adapted.values():
             swap_base_values(owner)
-        for graph in whole_graphs(root):
+        for graph in whole_graphs(root.modules()):
             swap_unmerged(graph)
             record_of(graph).kept = None
         for name, owner in adapted.items():
             restore_owner(owner, name)
-        refresh_graphs(root)
+        refresh_graphs(root.modules())
     return model
 
 
@@ -332,9 +322,9 @@ def _shift_disabled(model: nn.Module, adapted: dict[str, nn.Module], step: int) 
             refresh_owner(owner, name)
             changed = True
     if changed:
-        for graph in whole_graphs(model):
+        for graph in whole_graphs(model.modules()):
             swap_unmerged(graph)
-        refresh_graphs(model)
+        refresh_graphs(model.modules())
 
 
 def _check_unmerged(root: nn.Module, verb: str) -> None:

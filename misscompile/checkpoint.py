@@ -149,7 +149,7 @@ def load_adapter(
         StateError, ConfigError: the adapter name is in use or not valid.
     """
     root = open_model(model)
-    check_adapter_name(root, adapter_name)
+    check_adapter_name(adapter_name, owner_states(root))
     path = find_folder(folder, revision)
     config = read_config(path)
     config.inference_mode = not is_trainable

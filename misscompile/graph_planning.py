@@ -19,6 +19,7 @@ from misscompile.graphs import (
 from misscompile.model_types import TARGETS_BY_MODEL_TYPE
 from misscompile.plan import Adapter, Block, ModelScope, Plan, Refusal, Site, Target
 from misscompile.planning import (
+    canonical_names,
     check_adapter_name,
     check_refusals,
     check_shapes,
@@ -26,7 +27,7 @@ from misscompile.planning import (
     trained_in_full,
     with_task_heads,
 )
-from misscompile.state import named_modules
+from misscompile.state import named_modules, owner_states
 from misscompile.targets import Selection, select_names
 
 _CLASSIFIER_NAMES = ("score", "classifier")
@@ -44,7 +45,7 @@ def plan_graph_adapter(root: WholeGraph, config: MissConfig, adapter_name: str, 
     Raises:
         ConfigError, NoMatchError, UnsupportedModuleError, StateError, ArgumentError: see `misscompile.adapt`.
     """
-    check_adapter_name(root, adapter_name)
+    check_adapter_name(adapter_name, owner_states(root))
     config = with_task_heads(config, named_modules(root))
     scope = find_graph_sites(root)
     calls = call_names(scope)
@@ -70,7 +71,8 @@ def plan_graph_adapter(root: WholeGraph, config: MissConfig, adapter_name: str, 
     told = [*selection.notes, *refusal_notes("not adapted:", refusals)]
     modules = named_modules(root, remove_duplicate=False)
     copied = trained_in_full(root, config, [modules[name] for name in selection.saved], targets)
-    return Plan(Adapter(adapter_name, config, refusals=tuple(refusals)), targets, told, copied)
+    adapter = Adapter(adapter_name, config, refusals=tuple(refusals))
+    return Plan(adapter, canonical_names(modules), targets, told, copied)
 
 
 def _check_names(scope: ModelScope, calls: dict[str, list[Site]]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -183,11 +183,9 @@ def copy_nodes(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def whole_graphs(model: nn.Module) -> Iterator[WholeGraph]:
-    """The whole graphs in `model`, itself among them."""
-    for module in model.modules():
-        if isinstance(module, WholeGraph) and RECORD in module.meta:
-            yield module
+def whole_graphs(modules: Iterable[nn.Module]) -> list[WholeGraph]:
+    """Those of a model's modules that are whole graphs."""
+    return [module for module in modules if isinstance(module, WholeGraph) and RECORD in module.meta]
 
 
 def find_graph_sites(root: WholeGraph) -> ModelScope:
@@ -230,9 +228,9 @@ def derive_scope(root: WholeGraph) -> ModelScope:
     return scope
 
 
-def refresh_graphs(model: nn.Module) -> None:
-    """Derive every whole graph in `model` again, after a record on one of its modules changed."""
-    for root in list(whole_graphs(model)):
+def refresh_graphs(modules: Iterable[nn.Module]) -> None:
+    """Derive every whole graph among a model's modules again, after a record on one of its modules changed."""
+    for root in whole_graphs(modules):
         derive_graph(root)
         drop_empty_containers(root)
 

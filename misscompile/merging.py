@@ -96,7 +96,7 @@ def merge(model: Any, adapter_names: list[str] | None = None, keep_adapters: boo
     check_classes(owners(root))
     _check_copies_unshared(root, names)
     folds = [_plan_fold(group, names, keep_adapters) for group in _weight_groups(root, names)]
-    graphs = {graph: plan_graph_folds(graph, names) for graph in whole_graphs(root)}
+    graphs = {graph: plan_graph_folds(graph, names) for graph in whole_graphs(root.modules())}
     merged = {graph: [fold_parameter(graph, fold) for fold in graph_folds] for graph, graph_folds in graphs.items()}
     for fold in folds:  # every result is known to be finite before the first weight changes
         name, owner = fold.group[0]
@@ -121,11 +121,11 @@ def merge(model: Any, adapter_names: list[str] | None = None, keep_adapters: boo
         left = [name for name in adapters_of(root) if name not in names]
         for name, owner in owners(root).items():
             restore_owner(owner, name)
-        refresh_graphs(root)
+        refresh_graphs(root.modules())
         if left:
             warnings.warn(f"merge removed the inactive adapters {left} without folding them.", MissWarning, stacklevel=2)
     else:
-        refresh_graphs(root)
+        refresh_graphs(root.modules())
     return root if exported else model
 
 
@@ -144,7 +144,7 @@ def unmerge(model: M) -> M:
     merged = {name: owner for name, owner in owners(root).items() if vars(owner)[STATE].merged}
     if not merged:
         raise StateError("nothing is merged: unmerge undoes merge(model, keep_adapters=True).")
-    for graph in whole_graphs(root):
+    for graph in whole_graphs(root.modules()):
         kept = record_of(graph).kept
         for name, value in merged_parameters(graph).items():
             if kept is not None and not _is_current(kept.versions.get(name, (0, 0)), tensor_version(value)):
@@ -165,10 +165,10 @@ def unmerge(model: M) -> M:
         swap_base_values(owner)
         state.merged, state.base_values, state.merged_versions = (), {}, {}
         refresh_owner(owner, name)
-    for graph in whole_graphs(root):
+    for graph in whole_graphs(root.modules()):
         swap_unmerged(graph)
         record_of(graph).kept = None
-    refresh_graphs(root)
+    refresh_graphs(root.modules())
     return model
 
 

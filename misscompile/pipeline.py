@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from misscompile.passes.find import find_sites, linear_shape, weight_dtype
+from misscompile.passes.find import find_sites, weight_dtype
 from misscompile.passes.insert import insert_updates
 from misscompile.passes.install import (
     AdaptedOwner,
@@ -62,7 +62,7 @@ def trace_scope(owner: nn.Module, shape: tuple[int, int]) -> Scope:
     """
     state: OwnerState | None = vars(owner).get(STATE)
     foreign = state.foreign_forward if state else find_foreign_forward(owner)
-    key = _structure(owner) if foreign is None else None
+    key = _structure(owner, state, shape) if foreign is None else None
     scope = _traced.get(key)
     if scope is None:
         scope = Scope(state.base_class if state else type(owner), *shape, weight_dtype=weight_dtype(owner))
@@ -165,17 +165,16 @@ def remove_from_owner(owner: nn.Module, adapter_names: Sequence[str], name: str 
             record.pop(adapter, None)
 
 
-def _structure(owner: nn.Module) -> Any:
+def _structure(owner: nn.Module, state: OwnerState | None, shape: tuple[int, int]) -> Any:
     """What a trace of the owner's base forward can depend on; equal keys mean equal graphs.
 
     A traced forward reads no plain attribute but its shape (`passes.trace` refuses it otherwise).
     """
-    state: OwnerState | None = vars(owner).get(STATE)
     ours = state.all_registered() if state else ()
-    tensors = [(n, p) for n, p in (*owner._parameters.items(), *owner._buffers.items()) if n not in ours]
+    tensors = [*owner._parameters.items(), *owner._buffers.items()]
     return (
         state.base_class if state else type(owner),
-        linear_shape(owner),
-        tuple([(name, None if t is None else (t.dtype, t.shape, type(t))) for name, t in tensors]),
+        shape,
+        tuple([(name, None if t is None else (t.dtype, t.shape, type(t))) for name, t in tensors if name not in ours]),
         tuple([(name, type(child)) for name, child in owner._modules.items()]),
     )

@@ -155,6 +155,8 @@ class Plan:
     """Everything an adapt will do, checked before the first change."""
 
     adapter: Adapter
+    modules: dict[nn.Module, str]
+    """Every module of the model, with the first of the names under which the model reaches it."""
     targets: list[Target]
     notes: list[str]
     copied: dict[nn.Module, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -7,7 +7,6 @@ import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from misscompile import variants
@@ -20,7 +19,7 @@ from misscompile.passes.install import find_foreign_forward
 from misscompile.passes.trace import probe_opaque
 from misscompile.pipeline import trace_scope
 from misscompile.plan import Adapter, Block, Plan, Refusal, Target
-from misscompile.state import STATE, inside_disabled, named_modules, owner_states
+from misscompile.state import STATE, OwnerState, has_attribute, inside_disabled, named_modules, records
 from misscompile.targets import Selection, select_names
 
 _CLASSIFIER_NAMES = ("score", "classifier")
@@ -36,9 +35,9 @@ def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Pla
         ConfigError, NoMatchError, UnsupportedModuleError, StateError, ArgumentError: see `misscompile.adapt`.
     """
     modules = named_modules(model, remove_duplicate=False)
-    check_adapter_name(model, adapter_name)
+    check_adapter_name(adapter_name, records(modules))
     config = with_task_heads(config, modules)
-    canonical = _canonical_names(modules)
+    canonical = canonical_names(modules)
     if linear_shape(model) is None:
         del modules[""]
     selection = _select(model, config, modules)
@@ -63,11 +62,11 @@ def plan_adapter(model: nn.Module, config: MissConfig, adapter_name: str) -> Pla
     ]
     adapter = Adapter(adapter_name, config, refusals=tuple(refusals))
     copied = trained_in_full(model, config, [modules[name] for name in selection.saved], targets)
-    return Plan(adapter, targets, notes + _shared_weights(canonical, targets), copied)
+    return Plan(adapter, canonical, targets, notes + _shared_weights(canonical, targets), copied)
 
 
-def check_adapter_name(model: nn.Module, name: object) -> None:
-    """Refuse a name that cannot be a new adapter of `model`, and a model that cannot take one now."""
+def check_adapter_name(name: object, states: Mapping[str, OwnerState]) -> None:
+    """Refuse a name that cannot be a new adapter of a model with these records, and a model that cannot take one now."""
     if not isinstance(name, str):
         raise ArgumentError(f"adapter_name: expected a string, found {type(name).__name__}.")
     if not re.fullmatch(r"[\w-]+", name):
@@ -75,7 +74,7 @@ def check_adapter_name(model: nn.Module, name: object) -> None:
             f"adapter_name={name!r}: a name becomes part of a parameter name, so it holds letters, digits, _ and - only (no "
             f"dot); {re.sub(r'[^-A-Za-z0-9_]+', '_', name) or 'default'!r} would do."
         )
-    for owner_name, state in owner_states(model).items():
+    for owner_name, state in states.items():
         if state.disabled:
             raise inside_disabled("adapt")
         if name in state.adapters:
@@ -127,7 +126,7 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, other in named_modules(model).items() if other is module) or "the model itself"
 
 
-def _canonical_names(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
+def canonical_names(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
     """Each module with the first of the names under which the model reaches it."""
     canonical: dict[nn.Module, str] = {}
     for name, module in modules.items():
@@ -159,7 +158,7 @@ def _select(model: nn.Module, config: MissConfig, modules: dict[str, nn.Module])
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
-    named_linear = "linear" in type(module).__name__.lower() or hasattr(module, "nf")
+    named_linear = "linear" in type(module).__name__.lower() or "nf" in vars(module)
     return named_linear and linear_shape(module) is not None
 
 
@@ -183,11 +182,11 @@ def _target(name: str, owner: nn.Module, block: Block, bypassed: dict[nn.Module,
         return Refusal(name, kind, f"it is not a linear module{_linears_inside(name, owner)}")
     if owner in bypassed and not bypassed[owner].called:
         return Refusal(name, kind, bypassed[owner].reason)
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in owner._parameters.values()):
+    if any(map(nn.parameter.is_lazy, owner._parameters.values())):
         return Refusal(name, kind, "its shape is not known yet; run the model once on real input first")
     if getattr(vars(owner).get("_hf_hook"), "offload", False):
         return Refusal(name, kind, "accelerate offloads its weight; adapt the model before dispatching it")
-    if STATE not in vars(owner) and hasattr(owner, block.parameter):
+    if STATE not in vars(owner) and has_attribute(owner, block.parameter):
         return Refusal(name, kind, f"it already has an attribute {block.parameter!r}")
     scope = trace_scope(owner, shape)
     if scope.opaque is not None:
@@ -271,8 +270,8 @@ def _shared_weights(canonical: Mapping[nn.Module, str], targets: Sequence[Target
                 if parameter is not None:
                     users[id(parameter)] = f"{name}.{parameter_name}" if name else parameter_name
     return [
-        f"{target.name} shares its weight with {users[id(weight)]}: the adapter acts on this module alone, and merge will "
+        f"{target.name} shares its weight with {user}: the adapter acts on this module alone, and merge will "
         "refuse until the weight is untied"
         for target in targets
-        if isinstance(weight := target.owner._parameters.get("weight"), torch.Tensor) and id(weight) in users
+        if (user := users.get(id(target.owner._parameters.get("weight")))) is not None
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,11 +49,11 @@ class OwnerState:
         """The blocks that act in the forward now, in the order in which the adapters were activated."""
         if self.disabled:
             return ()
-        return tuple(self.blocks[name] for name in self.active if name in self.blocks and name not in self.merged)
+        return tuple([self.blocks[name] for name in self.active if name in self.blocks and name not in self.merged])
 
     def effective_copies(self) -> tuple[tuple[str, str], ...]:
         """`(tensor, the registered copy that stands for it now)`."""
-        if self.disabled:
+        if self.disabled or not self.copies:
             return ()
         acting = [name for name in self.active if name in self.copies and name not in self.merged]
         return tuple((tensor, copy_name(name, tensor)) for name in acting for tensor in self.copies[name])
@@ -128,7 +128,12 @@ def owners(model: nn.Module) -> dict[str, nn.Module]:
 
 def owner_states(model: nn.Module) -> dict[str, OwnerState]:
     """The records of `model`, by canonical dotted name of the owner."""
-    return {name: vars(owner)[STATE] for name, owner in owners(model).items()}
+    return records(named_modules(model))
+
+
+def records(modules: Mapping[str, nn.Module]) -> dict[str, OwnerState]:
+    """The records on these modules, by the same names."""
+    return {name: vars(module)[STATE] for name, module in modules.items() if STATE in vars(module)}
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
@@ -175,6 +180,12 @@ def base_tensor(owner: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def has_attribute(module: nn.Module, name: str) -> bool:
+    """`hasattr`, without the error that `nn.Module` makes up to say no."""
+    registered = name in module._parameters or name in module._buffers or name in module._modules
+    return registered or name in vars(module) or hasattr(type(module), name)
+
+
 def tensor_version(tensor: Tensor) -> tuple[int, int]:
     """`(id, _version)`, which changes with every in-place write that autograd knows of."""
     return id(tensor), tensor._version
@@ -193,18 +204,22 @@ def swap_base_values(owner: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def transaction(modules: Collection[nn.Module], touched: Iterable[nn.Module] = ()) -> Iterator[None]:
+def transaction(modules: Collection[nn.Module], touched: Iterable[nn.Module] = ()) -> Iterator[list[nn.Parameter]]:
     """Put records, classes, parameters and `requires_grad` flags back as they were if the body raises.
 
     Args:
         modules: those of the model. The records among them are kept, and the flags of all.
         touched: modules that will get a record.
+
+    Yields:
+        The parameters of `modules` as they are before the body, each once.
     """
     changing = dict.fromkeys([*touched, *(module for module in modules if STATE in vars(module))])
-    saved = [(m, type(m), dict(vars(m)), dict(m._parameters), dict(m._buffers), _copy_state(m)) for m in changing]
-    flags = [(parameter, parameter.requires_grad) for parameter in unique_parameters(modules)]
+    saved = [(m, type(m), vars(m).copy(), m._parameters.copy(), m._buffers.copy(), _copy_state(m)) for m in changing]
+    parameters = unique_parameters(modules)
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
-        yield
+        yield parameters
     except BaseException:
         for module, kind, members, parameters, buffers, state in saved:
             module.__class__ = kind

@@ -41,10 +41,11 @@ def select_names(
     notes: list[str] = []
     excluded = set(_matching(config.exclude_modules, names)) if config.exclude_modules is not None else set()
     notes += _unmatched("exclude_modules", config.exclude_modules, names)
-    saved = tuple(name for name in names if any(name.endswith(entry) for entry in config.modules_to_save or ()))
+    to_save = tuple(config.modules_to_save or ())
+    saved = tuple(name for name in names if name.endswith(to_save))
     notes += [
         f"modules_to_save entry {entry!r} matches no module{closest(entry, names)}"
-        for entry in config.modules_to_save or ()
+        for entry in to_save
         if not any(name.endswith(entry) for name in names)
     ]
     taken, inside_saved = excluded.union(saved), tuple(f"{name}." for name in saved)

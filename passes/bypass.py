@@ -45,7 +45,8 @@ def find_bypassed(modules: Iterable[nn.Module]) -> dict[nn.Module, Bypass]:
     reads = {kind: weight_uses(kind)[0] for kind in {kind for _, kind in parents} if _names_a_weight(kind)}  # type: ignore[arg-type]
     readers: dict[nn.Module, type[nn.Module]] = {}
     for parent, kind in parents:  # of several readers, the last and nearest tells most
-        readers.update((child, kind) for path in reads.get(kind, ()) for child in _children(parent, path))
+        for path in reads.get(kind, ()):
+            readers.update(dict.fromkeys(_children(parent, path), kind))
     if not readers:
         return {}
     called: set[nn.Module] = set()

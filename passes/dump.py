@@ -56,7 +56,7 @@ def _text(root: nn.Module) -> str:
     for header in ("in→out", "variant", "r", "parameters", "added FLOPs", "share of FLOPs"):
         table.add_column(header, justify="right", no_wrap=True)
     adapted = owners(root)
-    calls = {name: sites for graph in whole_graphs(root) for name, sites in _graph_calls(root, graph).items()}
+    calls = {name: sites for graph in whole_graphs(root.modules()) for name, sites in _graph_calls(root, graph).items()}
     rows = []
     for name, state in owner_states(root).items():
         if state.shape is None or not state.blocks:
@@ -121,7 +121,7 @@ def _step_flops(site: Site, block: Block) -> tuple[int, int]:
 
 
 def _code(root: nn.Module) -> str:
-    parts = [_graph_code(graph) for graph in whole_graphs(root)]
+    parts = [_graph_code(graph) for graph in whole_graphs(root.modules())]
     names: dict[Scope, list[str]] = {}
     for name, owner in owners(root).items():
         scope: Scope | None = getattr(type(owner), "scope", None)

@@ -142,7 +142,7 @@ def set_class(owner: nn.Module, new_class: type[nn.Module], foreign: Any, insert
     slot = forward_slot(owner)
     held = members.get(slot)
     ours = isinstance(held, types.MethodType) and held.__func__ in (vars(old_class).get("forward"), old_class.forward)
-    owner.__class__ = new_class
+    object.__setattr__(owner, "__class__", new_class)  # that of nn.Module would look for a tensor in it first
     if foreign is not None:
         members.pop(BASE_FORWARD, None)
         if inserted:
@@ -169,7 +169,7 @@ def find_foreign_forward(owner: nn.Module) -> Any:
 
 def check_class(owner: nn.Module, name: str) -> None:
     """Refuse an adapted owner whose class somebody changed after adapting (FSDP2, parametrize)."""
-    if "scope" not in vars(type(owner)) and type(owner) is not getattr(owner, STATE).base_class:
+    if type(owner) is not vars(owner)[STATE].base_class and "scope" not in vars(type(owner)):
         raise StateError(
             f"{name}: its class became {type(owner).__qualname__} after it was adapted; undo that first "
             "(or apply it to the module that contains it), then call this again."

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from misscompile.passes.install import find_foreign_forward
 from torch import Tensor, nn
 
 from misscompile.config import MissConfig
@@ -48,7 +49,8 @@ def create_blocks(
 
 
 def _weight(owner: nn.Module) -> Tensor | None:
-    weight = getattr(owner, "weight", None)
+    weight = owner._parameters.get("weight")
+    weight = getattr(owner, "weight", None) if weight is None else weight
     return weight if isinstance(weight, Tensor) else next(owner.parameters(), None)
 
 
@@ -86,16 +88,21 @@ def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] |
             plan.copies.setdefault(owner, {})[name] = copied
 
 
-def register_blocks(plan: Plan) -> None:
-    """Put every block and copy, and the record of them, on its module. Forwards are not changed."""
+def register_blocks(plan: Plan, in_graph: bool = False) -> None:
+    """Put every block and copy, and the record of them, on its module. Forwards are not changed.
+
+    Args:
+        plan: with its blocks and copies created.
+        in_graph: whether the blocks will act in the graph of a `WholeGraph` above their modules.
+    """
     adapter = plan.adapter
     for target in plan.targets:
-        state = _state(target.owner, (target.in_features, target.out_features))
+        state = _state(target.owner, (target.in_features, target.out_features), in_graph)
         state.blocks[adapter.name] = target.block
         state.adapters[adapter.name] = adapter
         target.owner.register_parameter(target.block.parameter, plan.parameters[target.name])
     for owner, copies in plan.copies.items():
-        state = _state(owner, None)
+        state = _state(owner, None, in_graph)
         state.copies[adapter.name] = tuple(copies)
         state.adapters[adapter.name] = adapter
         for name, value in copies.items():
@@ -105,9 +112,10 @@ def register_blocks(plan: Plan) -> None:
                 owner.register_buffer(copy_name(adapter.name, name), value)
 
 
-def _state(owner: nn.Module, shape: tuple[int, int] | None) -> OwnerState:
+def _state(owner: nn.Module, shape: tuple[int, int] | None, in_graph: bool) -> OwnerState:
     state: OwnerState | None = vars(owner).get(STATE)
     if state is None:
-        state = vars(owner)[STATE] = OwnerState(type(owner), shape)
+        foreign = None if in_graph else find_foreign_forward(owner)
+        state = vars(owner)[STATE] = OwnerState(type(owner), shape, in_graph=in_graph, foreign_forward=foreign)
     state.shape = state.shape or shape
     return state
