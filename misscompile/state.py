@@ -98,18 +98,19 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, 
     Of a compiled wrapper and what it wraps, which then have one name, the latter. One pass over the tree: the method of
     torch hands each module through a generator for every level above it.
     """
-    found: dict[str, nn.Module] = {}
-    seen: set[nn.Module] = set()
+    found = {"": model}
+    seen = {model}
 
     def visit(name: str, module: nn.Module) -> None:
-        if remove_duplicate and module in seen:
-            return
-        seen.add(module)
-        found[name] = module
         prefix = f"{name}." if name else ""
         for child_name, child in module._modules.items():
-            if child is not None:
-                visit(name if child_name == "_orig_mod" else prefix + child_name, child)
+            if child is None or (remove_duplicate and child in seen):
+                continue
+            seen.add(child)
+            path = name if child_name == "_orig_mod" else prefix + child_name
+            found[path] = child
+            if child._modules:
+                visit(path, child)
 
     visit("", model)
     return found

@@ -64,7 +64,7 @@ def _dtype_and_device(weight: Tensor | None, autocast: bool) -> tuple[torch.dtyp
 def _start(target: Target, config: MissConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
     shape = block_shape(config.variant, config.r, config.mini_r, target.in_features, target.out_features)
     if config.init_weights is not False or device.type == "meta":
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(*shape, dtype=dtype, device=device)  # one tuple would take longer to read
     drawn = torch.empty(shape, dtype=torch.float32)
     init_block(drawn, random_start=True)
     return drawn.to(device=device, dtype=dtype)
