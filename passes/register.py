@@ -63,7 +63,9 @@ def _dtype_and_device(weight: Tensor | None, autocast: bool) -> tuple[torch.dtyp
 
 def _start(target: Target, config: MissConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
     shape = block_shape(config.variant, config.r, config.mini_r, target.in_features, target.out_features)
-    if config.init_weights is not False or device.type == "meta":
+    if device.type == "meta":  # has no values, and takes longer to write them
+        return torch.empty(shape, dtype=dtype, device=device)
+    if config.init_weights is not False:
         return torch.zeros(*shape, dtype=dtype, device=device)  # one tuple would take longer to read
     drawn = torch.empty(shape, dtype=torch.float32)
     init_block(drawn, random_start=True)

@@ -83,7 +83,7 @@ def enter(model: PreTrainedModel, contestant: Contestant, settings: Settings) ->
 
 
 def _peft_model(model: PreTrainedModel, config: peft.PeftConfig) -> nn.Module:
-    adapted: nn.Module = peft.get_peft_model(model, config)
+    adapted: nn.Module = peft.get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
     return adapted
 
 

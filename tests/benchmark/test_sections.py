@@ -9,7 +9,7 @@ import pytest
 
 from misscompile.benchmark.contestants import entries
 from misscompile.benchmark.runner import SECTIONS, run_sections
-from misscompile.benchmark.sections import fusion, growth
+from misscompile.benchmark.sections import adapt, fusion, growth
 from misscompile.benchmark.settings import SECTIONS as NAMES
 from misscompile.benchmark.settings import Settings
 from misscompile.benchmark.tables import Row, Table
@@ -81,10 +81,21 @@ def test_adapt_counts_the_linears_and_compares_like_with_like() -> None:
     assert [row["contestant"] for row in rows] == ADAPTED
     for row in rows:
         check_spread(row["seconds"])
+        check_spread(row["python_seconds"])
         assert row["first"] > 0
         ours = row["contestant"].startswith("misscompile")
         assert row["sites"] == (14 if ours else None)
-        assert (row["times_faster"] is not None) == ours
+        assert (row["times_faster"] is not None) == (row["python_times_faster"] is not None) == ours
+
+
+def test_adapt_allocates_nothing_on_the_meta_device() -> None:
+    settings = Settings(model="tiny", r=4, device="meta")
+    for contestant in entries(settings)[1:]:
+        adapting = adapt.Adapting(contestant, settings, "float32")
+        adapting.prepare()
+        adapting.run()
+        assert any(parameter.requires_grad for parameter in adapting.model.parameters())
+        assert all(parameter.is_meta for parameter in adapting.model.parameters())
 
 
 def test_compile_counts_guards_graphs_and_recompiles(monkeypatch: pytest.MonkeyPatch) -> None:

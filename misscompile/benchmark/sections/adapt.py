@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -34,28 +35,32 @@ class Adapting:
 
 def run(settings: Settings) -> list[Table]:
     """One table: a row for each contestant; the dtype makes no difference, so the first one is taken."""
-    adaptings = {c: Adapting(c, settings, settings.dtypes[0]) for c in entries(settings) if c.provider != "base"}
-    trials = {contestant: Trial(adapting.run, adapting.prepare) for contestant, adapting in adaptings.items()}
-    first = take_turns(trials, 1, settings.device, warmup=0)
-    seconds = take_turns(trials, settings.rounds, settings.device, warmup=0)
-    sites = {c: len(owners(a.model)) for c, a in adaptings.items() if c.provider == "misscompile"}
+    adaptings, meta = _line_up(settings), _line_up(dataclasses.replace(settings, device="meta"))
+    first = _take_turns(adaptings, 1, settings.device)
+    seconds = _take_turns(adaptings, settings.rounds, settings.device)
+    _take_turns(meta, 1, "meta")
+    python = _take_turns(meta, settings.rounds, "meta")
     rows: list[Row] = []
     for contestant, own in seconds.items():
-        rival = Contestant("peft", contestant.method)
-        against = ratios(own, seconds[rival]) if contestant.provider == "misscompile" and rival in seconds else None
+        ours = contestant.provider == "misscompile"
+        against, python_against = _ratios_to_peft(contestant, seconds), _ratios_to_peft(contestant, python)
         rows.append(
             {
                 "contestant": contestant.label,
-                "sites": sites.get(contestant),
+                "sites": len(owners(adaptings[contestant].model)) if ours else None,
                 "first": first[contestant][0],
                 "seconds": spread(own),
                 "ratio_to_peft": against,
                 "times_faster": 1 / against["median"] if against else None,
+                "python_seconds": spread(python[contestant]),
+                "python_ratio_to_peft": python_against,
+                "python_times_faster": 1 / python_against["median"] if python_against else None,
             }
         )
     note = (
-        f"`{settings.preset(PRESET)}` in real memory, {settings.dtypes[0]}, r {settings.r}. First: in this process, with "
-        "what is imported and built once; then the median (quartiles) over fresh models."
+        f"`{settings.preset(PRESET)}`, {settings.dtypes[0]}, r {settings.r}. First: in this process, with what is imported "
+        "and built once; then the median (quartiles) over fresh models in real memory, and over fresh models on the meta "
+        "device, where nothing is allocated: what is left is the Python of setting up."
     )
     columns = (
         Column("contestant", "contestant"),
@@ -63,12 +68,31 @@ def run(settings: Settings) -> list[Table]:
         Column("first", "first, ms", milliseconds),
         Column("seconds", "ms", spread_milliseconds),
         Column("times_faster", "times faster than PEFT", ratio),
+        Column("python_seconds", "meta device, ms", spread_milliseconds),
+        Column("python_times_faster", "meta device, times faster", ratio),
     )
     return [Table("adapt", "Adapting", note, columns, rows)]
+
+
+def _line_up(settings: Settings) -> dict[Contestant, Adapting]:
+    return {c: Adapting(c, settings, settings.dtypes[0]) for c in entries(settings) if c.provider != "base"}
+
+
+def _take_turns(adaptings: dict[Contestant, Adapting], rounds: int, device: str) -> dict[Contestant, list[float]]:
+    trials = {contestant: Trial(adapting.run, adapting.prepare) for contestant, adapting in adaptings.items()}
+    return take_turns(trials, rounds, device, warmup=0)
+
+
+def _ratios_to_peft(contestant: Contestant, seconds: dict[Contestant, list[float]]) -> dict[str, Any] | None:
+    rival = Contestant("peft", contestant.method)
+    if contestant.provider != "misscompile" or rival not in seconds:
+        return None
+    return ratios(seconds[contestant], seconds[rival])
 
 
 def _empty_model(preset: str, dtype: str, device: str) -> PreTrainedModel:
     """A fresh model; the weights of a preset are allocated and not written, since no value is read."""
     if preset not in PRESETS:
         return build_model(preset, dtype_named(dtype), device)
-    return build_model(preset, dtype_named(dtype), "meta").to_empty(device=torch.device(device))
+    model = build_model(preset, dtype_named(dtype), "meta")
+    return model if device == "meta" else model.to_empty(device=torch.device(device))
