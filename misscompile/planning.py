@@ -182,7 +182,7 @@ def _target(name: str, owner: nn.Module, block: Block, bypassed: dict[nn.Module,
         return Refusal(name, kind, f"it is not a linear module{_linears_inside(name, owner)}")
     if owner in bypassed and not bypassed[owner].called:
         return Refusal(name, kind, bypassed[owner].reason)
-    if any(map(nn.parameter.is_lazy, owner._parameters.values())):
+    if any(nn.parameter.is_lazy(p) for p in owner._parameters.values() if p is not None):
         return Refusal(name, kind, "its shape is not known yet; run the model once on real input first")
     if getattr(vars(owner).get("_hf_hook"), "offload", False):
         return Refusal(name, kind, "accelerate offloads its weight; adapt the model before dispatching it")

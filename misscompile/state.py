@@ -217,10 +217,10 @@ def transaction(modules: Collection[nn.Module], touched: Iterable[nn.Module] = (
     """
     changing = dict.fromkeys([*touched, *(module for module in modules if STATE in vars(module))])
     saved = [(m, type(m), vars(m).copy(), m._parameters.copy(), m._buffers.copy(), _copy_state(m)) for m in changing]
-    parameters = unique_parameters(modules)
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    held = unique_parameters(modules)
+    flags = [(parameter, parameter.requires_grad) for parameter in held]
     try:
-        yield parameters
+        yield held
     except BaseException:
         for module, kind, members, parameters, buffers, state in saved:
             module.__class__ = kind
