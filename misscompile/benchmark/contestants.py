@@ -16,6 +16,7 @@ from misscompile.benchmark.models import Probe, build_model, hidden_size, random
 from misscompile.benchmark.settings import Settings, dtype_named
 
 Provider = Literal["base", "misscompile", "peft"]
+Form = Literal["", "rounded", "captured"]
 
 INIT_WEIGHTS: dict[str, bool | str] = {"balance": True, "mini": "mini", "bat": "bat"}
 
@@ -28,16 +29,19 @@ class Contestant:
         provider: "base" adds nothing.
         method: a variant of MiSS, "lora", or "" for the base.
         dropout: probability of the adapter's dropout.
+        form: "rounded" is bat with `round_bat_weight`; "captured" is the whole model as one graph.
     """
 
     provider: Provider
     method: str = ""
     dropout: float = 0.0
+    form: Form = ""
 
     @property
     def label(self) -> str:
         suffix = f" dropout {self.dropout:g}" if self.dropout else ""
-        return f"{self.provider} {self.method}{suffix}".strip()
+        name = f"{self.provider} {self.method}{suffix}".strip()
+        return f"{name}, {self.form}" if self.form else name
 
 
 BASE = Contestant("base")
@@ -60,10 +64,11 @@ def lora_rank(r: int) -> int:
     return max(1, r // 2)
 
 
-def enter(model: PreTrainedModel, contestant: Contestant, settings: Settings) -> nn.Module:
-    """`model` with what the contestant adds, at its start values; changed in place."""
+def enter(model: Any, contestant: Contestant, settings: Settings) -> nn.Module:
+    """`model` with what the contestant adds, at its start values; changed in place unless it is a graph."""
     if contestant.provider == "base":
-        return model
+        base: nn.Module = model
+        return base
     if contestant.method == "lora":
         rank = lora_rank(settings.r)
         lora = peft.LoraConfig(
@@ -78,13 +83,26 @@ def enter(model: PreTrainedModel, contestant: Contestant, settings: Settings) ->
         "target_modules": "all-linear",
     }
     if contestant.provider == "misscompile":
-        return misscompile.adapt(model, fields)
+        adapted: nn.Module = misscompile.adapt(model, fields, round_bat_weight=contestant.form == "rounded")
+        return adapted
     return _peft_model(model, peft.MissConfig(**fields))
+
+
+def _capture(model: PreTrainedModel, settings: Settings) -> nn.Module:
+    """The graph of `model` on what a `Probe` gives it, any number of tokens."""
+    inputs = {"inputs_embeds": random_input(model, settings.tokens, settings.device), "use_cache": False}
+    tokens_vary = {"inputs_embeds": {1: torch.export.Dim.AUTO}, "use_cache": None}
+    return misscompile.capture(model, kwargs=inputs, dynamic_shapes=tokens_vary)
 
 
 def _peft_model(model: PreTrainedModel, config: peft.PeftConfig) -> nn.Module:
     adapted: nn.Module = peft.get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
     return adapted
+
+
+def share_weights(base: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules of `base` whose parameters are those of `base` themselves: for what never writes to them."""
+    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 @torch.no_grad()
@@ -108,12 +126,14 @@ class Field:
 def line_up(
     contestants: list[Contestant], settings: Settings, preset: str, dtype_name: str, tokens: int, **overrides: Any
 ) -> Field:
-    """Build `preset` once and give each contestant a copy."""
+    """Build `preset` once and give each contestant a copy, or, to those on a graph, one that is captured once."""
     dtype, device = dtype_named(dtype_name), settings.device
     base = build_model(preset, dtype, device, **overrides)
+    is_captured = any(contestant.form == "captured" for contestant in contestants)
+    graph = _capture(base, settings) if is_captured else None
     probes = {}
     for contestant in contestants:
-        model = enter(copy.deepcopy(base), contestant, settings)
+        model = enter(graph if contestant.form == "captured" else copy.deepcopy(base), contestant, settings)
         fill_blocks(model)
         probes[contestant] = Probe(model, hidden_size(base), dtype, device)
     return Field(base, probes, random_input(base, tokens, device))

@@ -50,7 +50,7 @@ def _panels(found: dict[str, list[Row]]) -> Iterable[tuple[str, list[Row], str]]
         lines = [_line(row, row["ratio"], row["floor"]) for row in rows if row["provider"] != "base"]
         yield f"Training step, {SHORT[dtype]} base, {mode}", lines, "time ÷ frozen base's"
     for (dtype, mode), rows in itertools.groupby(found.get("memory", []), lambda row: (row["dtype"], row["mode"])):
-        lines = [_line(row, 1 + row["saved_over_base"]) for row in rows if row["contestant"] != "base"]
+        lines = [_line(row, 1 + row["saved_over_base"]) for row in rows if row["provider"] != "base"]
         yield f"Kept for the backward, {SHORT[dtype]} base, {mode}", lines, "bytes ÷ frozen base's"
     if "decode" in found:
         lines = [_line(row, row["ratio"]) for row in found["decode"] if row["contestant"] != "base"]

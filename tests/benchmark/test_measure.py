@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -9,11 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from misscompile.benchmark.compilation import SAME_PARTITION, CompiledForward, counted_graphs
-from misscompile.benchmark.contestants import BASE, Contestant, entries, line_up, lora_rank
+from misscompile.benchmark.contestants import (
+    BASE,
+    Contestant,
+    enter,
+    entries,
+    fill_blocks,
+    line_up,
+    lora_rank,
+    share_weights,
+)
 from misscompile.benchmark.floor import count_step
 from misscompile.benchmark.measure import TrainingStep, Trial, over, ratios, spread, take_turns
 from misscompile.benchmark.memory import peak_bytes, saved_bytes
-from misscompile.benchmark.models import PRESETS
+from misscompile.benchmark.models import PRESETS, build_model
 from misscompile.benchmark.sections.steps import step_floors
 from misscompile.benchmark.settings import Settings
 
@@ -126,6 +136,37 @@ def test_every_contestant_starts_from_the_same_weights_and_has_what_it_is_called
         word = "lora_" if contestant.method == "lora" else word
         assert bool(trained) == (word is not None)
         assert all(word is not None and word in name and bool(parameters[name].any()) for name in trained)
+
+
+def test_models_that_share_their_weights_have_modules_of_their_own_and_leave_the_base_as_it_was() -> None:
+    base = build_model("tiny", torch.float32)
+    kept = {name: value.clone() for name, value in base.state_dict().items()}
+    ids = torch.arange(8).view(1, 8)
+    expected = base(ids).logits
+    for contestant in entries(SETTINGS):
+        model = enter(share_weights(base), contestant, SETTINGS)
+        fill_blocks(model)
+        assert model is not base
+        shared = {id(parameter) for parameter in base.parameters()}
+        assert shared <= {id(parameter) for parameter in model.parameters()}
+        changed = contestant != BASE
+        assert torch.equal(model.eval()(ids).logits, expected) != changed
+    assert all(torch.equal(value, kept[name]) for name, value in base.state_dict().items())
+    assert base.training
+    assert torch.equal(base(ids).logits, expected)
+
+
+def test_rounded_bat_is_one_product_of_16_bit_weights() -> None:
+    exact = Contestant("misscompile", "bat")
+    rounded = dataclasses.replace(exact, form="rounded")
+    field = line_up([BASE, exact, rounded], SETTINGS, "tiny", "bfloat16", SETTINGS.tokens)
+    base, two, one = (count_step(field.probes[c], field.embedded) for c in (BASE, exact, rounded))
+    shape = PRESETS["tiny"]
+    linears = 4 * shape["hidden_size"] ** 2 + 3 * shape["hidden_size"] * shape["intermediate_size"]
+    assert two - one == shape["num_hidden_layers"] * 2 * SETTINGS.tokens * linears  # the second product of the forward
+    assert base < one
+    floors = step_floors(field, SETTINGS)
+    assert floors[rounded] == floors[exact] > 1
 
 
 def re_base(name: str) -> str:

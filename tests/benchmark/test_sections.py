@@ -48,8 +48,10 @@ def test_every_section_that_can_be_asked_for_is_there() -> None:
 
 def test_steps() -> None:
     table = run("steps", modes=("eager",), dtypes=("bfloat16", "float32"))["steps"]
+    rounded = LABELS.index("misscompile bat") + 1
+    labels = {"bfloat16": [*LABELS[:rounded], "misscompile bat, rounded", *LABELS[rounded:]], "float32": LABELS}
     assert [(row["dtype"], row["contestant"]) for row in table.rows] == [
-        (dtype, label) for dtype in ("bfloat16", "float32") for label in LABELS
+        (dtype, label) for dtype, own in labels.items() for label in own
     ]
     for row in table.rows:
         check_spread(row["ratio"])
@@ -67,13 +69,29 @@ def test_steps() -> None:
 def test_memory_counts_balance_with_dropout_too_and_compiled_keeps_no_more() -> None:
     rows = run("memory", variants=("balance",), against=())["memory"].rows
     labels = ["base", "misscompile balance", "misscompile balance dropout 0.1"]
+    captured = ["base, captured", "misscompile balance, captured"]
     assert [(row["mode"], row["contestant"]) for row in rows] == [
-        (m, label) for m in ("eager", "compiled") for label in labels
+        *(("eager", label) for label in labels + captured),
+        *(("compiled", label) for label in labels),
     ]
     saved = {(row["mode"], row["contestant"]): row["saved"] for row in rows}
     for label in labels:
         assert 0 < saved["compiled", label] <= saved["eager", label]
-    assert all(row["saved_over_base"] > 0 for row in rows if row["contestant"] != "base")
+    assert all((row["saved_over_base"] > 0) == (row["provider"] != "base") for row in rows)
+
+
+def test_memory_shows_that_a_captured_graph_shares_equal_shard_sums() -> None:
+    rows = run("memory", variants=("mini",), against=(), modes=("eager",))["memory"].rows
+    saved = {row["contestant"]: row["saved"] for row in rows}
+    layers, sums, tokens, r = 2, {"module": 7, "graph": 4}, 8, 4  # q, k, v and gate, up read one input each
+    added = {name: 4 * layers * count * tokens * r for name, count in sums.items()}
+    assert saved["misscompile mini"] - saved["base"] == added["module"]
+    assert saved["misscompile mini, captured"] - saved["base, captured"] == added["graph"]
+
+
+def test_memory_captures_nothing_that_has_no_shard_sum() -> None:
+    rows = run("memory", variants=("bat",), against=(), modes=("eager",))["memory"].rows
+    assert [row["contestant"] for row in rows] == ["base", "misscompile bat"]
 
 
 def test_adapt_counts_the_linears_and_compares_like_with_like() -> None:
@@ -112,9 +130,10 @@ def test_compile_counts_guards_graphs_and_recompiles(monkeypatch: pytest.MonkeyP
     assert (ours["recompiles_off"], ours["recompiles_on"]) == (1, 0)
 
 
-def test_decode_has_bat_with_its_weight_cached_as_well() -> None:
-    rows = run("decode", variants=("bat",))["decode"].rows
-    labels = ["base", "misscompile bat", "misscompile bat, cached weight", "peft bat", "peft lora"]
+def test_decode_has_ours_with_the_weight_cached_as_well() -> None:
+    rows = run("decode", variants=("mini", "bat"))["decode"].rows
+    ours = {v: [f"misscompile {v}", f"misscompile {v}, cached weight", f"peft {v}"] for v in ("mini", "bat")}
+    labels = ["base", *ours["mini"], *ours["bat"], "peft lora"]
     assert [row["contestant"] for row in rows] == labels
     for row in rows:
         check_spread(row["ratio"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import misscompile
-from misscompile.benchmark.contestants import BASE, enter, entries, fill_blocks
+from misscompile.benchmark.contestants import BASE, enter, entries, fill_blocks, share_weights
 from misscompile.benchmark.measure import Trial, ratios, spread, take_turns
 from misscompile.benchmark.models import build_model
 from misscompile.benchmark.settings import Settings, dtype_named
@@ -50,17 +50,21 @@ class Decoding:
 
 
 def run(settings: Settings) -> list[Table]:
-    """One table: a row for each contestant, and for bat with its effective weight kept; in the first dtype."""
+    """One table: a row for each contestant, and for ours with the effective weight kept; in the first dtype.
+
+    All read the same base weights in memory: with a copy for each, a machine's large pages go to the first ones. A merged
+    model has weights of its own.
+    """
     dtype = settings.dtypes[0]
     base = build_model(settings.preset(PRESET), dtype_named(dtype), settings.device)
     generator = torch.Generator().manual_seed(4)
     prompt = torch.randint(0, base.config.vocab_size, (1, PROMPT), generator=generator).to(settings.device)
     trials: dict[str, Trial] = {}
     for contestant in entries(settings):
-        model = enter(copy.deepcopy(base), contestant, settings)
+        model = enter(share_weights(base), contestant, settings)
         fill_blocks(model)
         models = {contestant.label: model}
-        if contestant.provider == "misscompile" and contestant.method == "bat":
+        if contestant.provider == "misscompile":
             models[f"{contestant.label}, cached weight"] = misscompile.merge(copy.deepcopy(model), keep_adapters=True)
         for label, entered in models.items():
             decoding = Decoding(entered, prompt)
