@@ -68,6 +68,17 @@ def bat_delta(weight: Tensor, block: Tensor) -> Tensor:
     return delta.to(weight.dtype).view(weight.shape)
 
 
+def add_bat_delta_(merged: Tensor, weight: Tensor, block: Tensor, product: Tensor) -> Tensor:
+    """Add `bat_delta(weight, block)` in place to `merged (out, in)` and return it; no memory is taken.
+
+    `product`, as large as `weight`, is written over. Both are contiguous, and all four of one dtype.
+    """
+    r = block.shape[-1]
+    shards = torch.bmm(_shards(weight, r), block, out=_shards(product, r))
+    _rows(shards, block).add_(block.unsqueeze(2))
+    return merged.add_(product)
+
+
 def _sum_deltas(weight: Tensor, blocks: Sequence[Tensor]) -> Tensor:
     first, *others = (bat_delta(weight, block) for block in blocks)
     return sum(others, first)

@@ -26,7 +26,7 @@ from misscompile.graph_merging import (
 )
 from misscompile.graphs import WholeGraph, record_of, refresh_graphs, whole_graphs
 from misscompile.passes.find import is_stored_transposed, weight_users
-from misscompile.passes.merge import fold_in_place, fold_weight, is_surely_finite
+from misscompile.passes.merge import Workspace, fold_in_place, fold_weight, is_surely_finite
 from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, trace_scope
 from misscompile.plan import Block
 from misscompile.recovery import holds_exported_adapters
@@ -98,13 +98,14 @@ def merge(model: Any, adapter_names: list[str] | None = None, keep_adapters: boo
     folds = [_plan_fold(group, names, keep_adapters) for group in _weight_groups(root, names)]
     graphs = {graph: plan_graph_folds(graph, names) for graph in whole_graphs(root.modules())}
     merged = {graph: [fold_parameter(graph, fold) for fold in graph_folds] for graph, graph_folds in graphs.items()}
+    workspace = Workspace()
     for fold in folds:  # every result is known to be finite before the first weight changes
         name, owner = fold.group[0]
         if not is_surely_finite(owner, fold.blocks):
-            fold_weight(owner, fold.blocks, name, fold.transposed)
+            fold_weight(owner, fold.blocks, name, fold.transposed, workspace)
     for fold in folds:
         with deferred_interrupt():
-            _commit(fold, names, keep_adapters)
+            _commit(fold, names, keep_adapters, workspace)
     for graph, graph_folds in graphs.items():
         record_of(graph).kept = keep_unmerged(graph) if keep_adapters else None
         write_folds(graph, graph_folds, merged[graph])
@@ -258,26 +259,21 @@ def _plan_fold(group: Group, names: tuple[str, ...], keep_adapters: bool) -> Fol
     return Fold(group, blocks, is_stored_transposed(scope))
 
 
-def _commit(fold: Fold, names: tuple[str, ...], keep_adapters: bool) -> None:
+def _commit(fold: Fold, names: tuple[str, ...], keep_adapters: bool, workspace: Workspace) -> None:
     first_name, first = fold.group[0]
-    parameters = [(block, first.get_parameter(block.parameter)) for block in fold.blocks]
     merged = None
-    parametrized = parametrize.is_parametrized(first, "weight")
-    # bat takes memory for every part: where that may fail, the weight should be whole. The others need none by then.
-    if parametrized or any(block.variant == "bat" for block in fold.blocks):
-        merged = fold_weight(first, fold.blocks, first_name, fold.transposed)
-    if keep_adapters and not parametrized:
+    if parametrize.is_parametrized(first, "weight"):
+        merged = fold_weight(first, fold.blocks, first_name, fold.transposed, workspace)
+    elif keep_adapters:
         vars(first)[STATE].base_values["weight"] = first.get_parameter("weight").detach().clone()
     for _, owner in fold.group:
         _write_copies(owner, names, keep_adapters)
     if merged is None:
-        fold_in_place(first.get_parameter("weight"), parameters, fold.transposed)
-    elif not parametrized:
-        with torch.no_grad():
-            first.get_parameter("weight").copy_(merged)
+        parameters = [(block, first.get_parameter(block.parameter)) for block in fold.blocks]
+        fold_in_place(first.get_parameter("weight"), parameters, fold.transposed, workspace)
     for name, owner in fold.group:
         _finish(owner, names, name, keep_adapters)
-    if parametrized and merged is not None:
+    if merged is not None:
         _replace_weight(first, merged)
     if keep_adapters:
         vars(first)[STATE].merged_versions["weight"] = tensor_version(first.get_parameter("weight"))

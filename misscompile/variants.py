@@ -168,14 +168,17 @@ def delta_weight(variant: Variant, block: Tensor, weight: Tensor) -> Tensor:
     d = block.to(weight.dtype)
     if variant == "bat":
         return bat_delta(weight, d)
-    return add_shard_rows_(torch.zeros_like(weight), shard_rows(d, out_features))
+    return add_shard_rows_(torch.zeros_like(weight), write_shard_rows(weight.new_empty(out_features, len(d)), d))
 
 
-def shard_rows(block: Tensor, out_features: int) -> Tensor:
-    """`(out, r)`: what balance and mini repeat along each row of `W`; `block` is `(r, out)` or `(r, m)`."""
-    rows = block.t().contiguous()  # before the repeat, which knows no fast transposition
-    groups = out_features // block.shape[1]
-    return rows if groups == 1 else rows.repeat(groups, 1)
+def write_shard_rows(rows: Tensor, block: Tensor) -> Tensor:
+    """Write what balance and mini repeat along each row of `W` into `rows (out, r)`; `block` is `(r, out)` or `(r, m)`."""
+    columns = block.to(rows.dtype).t()
+    if len(columns) == len(rows):
+        return rows.copy_(columns)
+    # contiguous before the repeat, which knows no fast transposition
+    torch.unflatten(rows, 0, (-1, len(columns))).copy_(columns.contiguous())
+    return rows
 
 
 def add_shard_rows_(weight: Tensor, rows: Tensor) -> Tensor:
@@ -191,7 +194,14 @@ def add_shard_rows_(weight: Tensor, rows: Tensor) -> Tensor:
 def delta_bound(variant: Variant, block: Tensor, largest: float) -> float:
     """What no `|ΔW[o, i]|` exceeds where no `|W[o, i]|` exceeds `largest`; infinite where there is no such number."""
     bound = largest_magnitude(block)
-    return bound if variant != "bat" else bound + largest * float(block.abs().sum(1, dtype=torch.float64).amax())
+    return bound if variant != "bat" else bound + block.shape[-1] * largest * bound
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every element is finite; `torch.isfinite` takes ten times as long on a CPU."""
+    if tensor.is_floating_point() and tensor.numel():
+        return math.isfinite(largest_magnitude(tensor))
+    return bool(torch.isfinite(tensor).all())
 
 
 def largest_magnitude(tensor: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import warnings
 from typing import Any
@@ -13,6 +14,8 @@ from misscompile.passes import merge as merge_pass
 from misscompile.passes.merge import fold_weight, is_surely_finite
 from support import VARIANTS, TwoLinears, adapted, fill_blocks, max_error, reference_delta
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 import misscompile as mc
@@ -409,21 +412,54 @@ def test_an_interrupt_waits_until_the_module_is_merged(monkeypatch: pytest.Monke
     assert max_error(model(x), y) < 1e-12
 
 
-def test_memory_that_runs_out_in_the_middle_of_a_weight_leaves_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(nn.Sequential(nn.Linear(12, 20)), "bat", r=4)
-    before, x = model[0].weight.detach().clone(), torch.randn(3, 12)
-    expected = model(x)
-    real, calls = merge_pass.bat_delta, []
+class _RunsOut(TorchDispatchMode):
+    """Memory for `allocations` tensors: the operation that returns one more with storage of its own fails."""
 
-    def fails_at_the_second_part(*args: Any) -> Tensor:
-        calls.append(args)
-        if len(calls) == 2:
+    def __init__(self, allocations: int) -> None:
+        super().__init__()
+        self.left = allocations
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        found = {t.untyped_storage().data_ptr() for t in tree_leaves(result) if isinstance(t, Tensor)}
+        self.left -= len(found - given)
+        if self.left < 0:
             raise MemoryError
-        return real(*args)
+        return result
 
-    monkeypatch.setattr(merge_pass, "_CACHED", 4 * 12)  # one row block at a time
-    monkeypatch.setattr(merge_pass, "bat_delta", fails_at_the_second_part)
-    with pytest.raises(MemoryError):
-        mc.merge(model)
-    assert torch.equal(model[0].weight, before)
-    assert torch.equal(model(x), expected)
+
+@pytest.mark.parametrize("keep_adapters", [False, True])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_memory_that_runs_out_leaves_the_weight_whole(
+    init_weights: Any, dtype: torch.dtype, layout: str, keep_adapters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_pass, "_CACHED", 4 * IN)  # five parts
+    model = adapted(nn.Sequential(make(layout, dtype=dtype)), init_weights, r=4, target_modules=["0"])
+    before, x = model[0].weight.detach().clone(), torch.randn(3, IN).to(dtype)
+    expected = model(x)
+    for allocations in itertools.count():
+        try:
+            with _RunsOut(allocations):
+                mc.merge(model, keep_adapters=keep_adapters)
+        except MemoryError:
+            assert torch.equal(model[0].weight, before)
+            assert torch.equal(model(x), expected)
+        else:
+            break
+    assert allocations > 2
+    assert not torch.equal(model[0].weight, before)
+    assert max_error(model(x), expected) < (1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_folds_of_one_merge_share_their_memory() -> None:
+    workspace = merge_pass.Workspace()
+    device = torch.device("cpu")
+    large = workspace.take("sum", (4, 6), torch.float32, device)
+    small = workspace.take("sum", (5, 2), torch.float32, device)
+    assert (small.shape, small.data_ptr()) == ((5, 2), large.data_ptr())
+    others = [("rows", torch.float32), ("sum", torch.float64)]
+    assert all(workspace.take(use, (5, 2), dtype, device).data_ptr() != large.data_ptr() for use, dtype in others)
+    assert workspace.take("sum", (5, 6), torch.float32, device).shape == (5, 6)
