@@ -26,7 +26,7 @@ from misscompile.graph_merging import (
 )
 from misscompile.graphs import WholeGraph, record_of, refresh_graphs, whole_graphs
 from misscompile.passes.find import is_stored_transposed, weight_users
-from misscompile.passes.merge import Workspace, fold_in_place, fold_weight, is_surely_finite
+from misscompile.passes.merge import Workspace, fold_in_place, fold_weight, keeps_finite
 from misscompile.pipeline import check_classes, refresh_owner, remove_from_owner, restore_owner, trace_scope
 from misscompile.plan import Block
 from misscompile.recovery import holds_exported_adapters
@@ -83,8 +83,9 @@ def merge(model: Any, adapter_names: list[str] | None = None, keep_adapters: boo
         weights of a graph are new parameters: the values that it shares with another model are not written.
 
     Raises:
-        MergeError: a result is not finite, or a weight cannot be folded because its module's forward is opaque, it is
-            on the meta device or offloaded, or a module or a call that is not adapted shares it. Nothing is changed then.
+        MergeError: a result is not finite although the weight was, or a weight cannot be folded because its module's
+            forward is opaque, it is on the meta device or offloaded, or a module or a call that is not adapted shares it.
+            Nothing is changed then.
         StateError: the model has no adapter, is merged already, or is inside `disable_adapter`.
         UnknownAdapterError: a name is not on the model.
 
@@ -99,9 +100,9 @@ def merge(model: Any, adapter_names: list[str] | None = None, keep_adapters: boo
     graphs = {graph: plan_graph_folds(graph, names) for graph in whole_graphs(root.modules())}
     merged = {graph: [fold_parameter(graph, fold) for fold in graph_folds] for graph, graph_folds in graphs.items()}
     workspace = Workspace()
-    for fold in folds:  # every result is known to be finite before the first weight changes
+    for fold in folds:  # every result is known to be as finite as its weight before the first weight changes
         name, owner = fold.group[0]
-        if not is_surely_finite(owner, fold.blocks):
+        if not keeps_finite(owner, fold.blocks):
             fold_weight(owner, fold.blocks, name, fold.transposed, workspace)
     for fold in folds:
         with deferred_interrupt():

@@ -3,8 +3,8 @@
     W (dtype of the base)   ->   round(W + ΔW), summed in float32 or wider and rounded once
 
 The blocks are read, never written, and each `ΔW` is computed from the base weight, so that their order does not matter.
-`is_surely_finite` shows that a result will be finite without computing it, and `fold_in_place` works on rows that stay in
-the cache and in memory that all folds of a merge share, so that a merge reads each weight twice and writes it once.
+`keeps_finite` shows that a result will be finite without computing it, and `fold_in_place` works on rows that stay in the
+cache and in memory that all folds of a merge share, so that a merge reads each weight once (bat: twice) and writes it once.
 """
 
 from __future__ import annotations
@@ -40,18 +40,23 @@ class Workspace:
 
 
 @torch.no_grad()
-def is_surely_finite(owner: nn.Module, blocks: Sequence[Block]) -> bool:
-    """Whether a bound shows that the merged weight is finite; False says nothing.
+def keeps_finite(owner: nn.Module, blocks: Sequence[Block]) -> bool:
+    """Whether a bound shows that no finite value of the weight becomes one that is not; False says nothing.
 
-    The bound is the largest magnitude in `W` plus that of each `ΔW`. It holds for every intermediate sum too.
+    An update below half a unit in the last place of the largest number leaves that number as it is, so that balance and
+    mini need no look at the weight. bat multiplies it: there the bound is the largest magnitude in `W` plus that of each
+    `ΔW`, and holds for every intermediate sum.
     """
     stored = owner.weight
     assert isinstance(stored, Tensor)
     if not stored.is_floating_point() or stored.numel() == 0:
         return False
-    magnitude = variants.largest_magnitude(stored)
+    limits = torch.finfo(stored.dtype)
+    has_bat = any(block.variant == "bat" for block in blocks)
+    magnitude = variants.largest_magnitude(stored) if has_bat else 0.0
+    room = 0.99 * limits.max if has_bat else limits.max * limits.eps / 4  # a margin for rounding; a quarter: max is 2 - eps
     bound = magnitude + sum(variants.delta_bound(b.variant, owner.get_parameter(b.parameter), magnitude) for b in blocks)
-    return bound < 0.99 * torch.finfo(stored.dtype).max  # a margin for rounding; NaN compares as False
+    return bound < room  # NaN compares as False
 
 
 @torch.no_grad()
@@ -111,7 +116,8 @@ def fold_in_place(
         for i, (block, p) in enumerate(blocks)
     ]
     step = math.lcm(*(bat.shape[-1] for bat in bats if bat is not None))  # bat works on whole row blocks
-    count = max(_CACHED // in_features // step, 1) * step
+    parts = max(math.ceil(out_features * in_features / _CACHED), 1)
+    count = math.ceil(out_features / parts / step) * step
     has_bat, size = any(bat is not None for bat in bats), (min(count, out_features), in_features)
     summed = None if wide == stored.dtype else take("summed", size)
     product = take("product", size) if has_bat else None

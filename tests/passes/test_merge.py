@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from misscompile.passes import merge as merge_pass
-from misscompile.passes.merge import fold_weight, is_surely_finite
+from misscompile.passes.merge import fold_weight, keeps_finite
 from support import VARIANTS, TwoLinears, adapted, fill_blocks, max_error, reference_delta
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -358,28 +358,62 @@ def test_working_in_parts_changes_no_bit(
         assert torch.equal(fold(owner, *chosen), (whole.t() if layout == "in_out" else whole).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_only_what_is_finite_is_called_surely_finite(name: str, dtype: torch.dtype) -> None:
+def test_only_what_surely_stays_finite_is_called_so(name: str, dtype: torch.dtype) -> None:
     block = BLOCKS[name]
     largest = torch.finfo(dtype).max
-    for where in ("weight", block.parameter):
+    for where in (block.parameter, "weight"):
         for bad in (float("nan"), float("inf"), -float("inf")):
             owner = make("out_in", block, dtype=dtype)
-            assert is_surely_finite(owner, [block])
+            assert keeps_finite(owner, [block])
             owner.get_parameter(where).data.view(-1)[3] = bad
-            assert not is_surely_finite(owner, [block])
+            assert keeps_finite(owner, [block]) == (where == "weight" and block.variant != "bat")
     owner = make("out_in", block, dtype=dtype)
     owner.weight.data.fill_(largest)
     owner.get_parameter(block.parameter).data.fill_(largest / 4)
-    assert not is_surely_finite(owner, [block])
+    assert not keeps_finite(owner, [block])
     owner.get_parameter(block.parameter).data.zero_()
-    assert not is_surely_finite(owner, [block])  # it is finite, which takes the computation to show
+    assert keeps_finite(owner, [block]) == (block.variant != "bat")  # it is finite, which for bat takes the computation
     assert torch.equal(fold(owner, block), owner.weight)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", ["balance", "short shard", "mini"])
+def test_the_bound_is_half_a_unit_in_the_last_place_of_the_largest_number(name: str, dtype: torch.dtype) -> None:
+    """Below it the largest number stays as it is; at twice the bound it is infinite, so that no larger one would do."""
+    block = BLOCKS[name]
+    owner = make("out_in", block, dtype=dtype)
+    limits = torch.finfo(dtype)
+    owner.weight.data.fill_(limits.max)
+    update = owner.get_parameter(block.parameter).data
+    bound = limits.max * limits.eps / 4
+    update.fill_(0.999 * bound)
+    assert keeps_finite(owner, [block])
+    assert torch.equal(fold(owner, block), owner.weight)
+    update.fill_(2.1 * bound)
+    assert not keeps_finite(owner, [block])
+    with pytest.raises(MergeError, match="not finite"):
+        fold_weight(owner, (block,), "its.name", transposed=False)
+
+
+@pytest.mark.parametrize("init_weights", [True, "mini"])
+def test_what_was_not_finite_in_a_base_weight_stays_and_nothing_joins_it(init_weights: Any) -> None:
+    model, x = adapted(TwoLinears().bfloat16(), init_weights), torch.randn(3, 12).bfloat16()
+    with torch.no_grad():
+        model.up.weight[2, 3], model.up.weight[4, 5] = float("nan"), -float("inf")
+    before, y = model.up.weight.detach().clone(), model(x)
+    mc.merge(model)
+    assert torch.equal(model.up.weight.isfinite(), before.isfinite())
+    assert torch.equal(model.up.weight.isnan(), before.isnan())
+    assert torch.equal(model(x).isnan(), y.isnan())
+
+
 @pytest.mark.parametrize("keep_adapters", [False, True])
-def test_a_result_that_is_surely_finite_is_computed_once(keep_adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_surely_stays_finite_is_computed_once(keep_adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     folded: list[Tensor] = []
 
     def counting(stored: Tensor, *args: Any) -> None:
