@@ -6,10 +6,15 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import misscompile
 from misscompile.benchmark.contestants import entries
 from misscompile.benchmark.runner import SECTIONS, run_sections
 from misscompile.benchmark.sections import adapt, fusion, growth
+from misscompile.benchmark.sections.merge import PRODUCT, Multiplying
 from misscompile.benchmark.settings import SECTIONS as NAMES
 from misscompile.benchmark.settings import Settings
 from misscompile.benchmark.tables import Row, Table
@@ -142,12 +147,24 @@ def test_decode_has_ours_with_the_weight_cached_as_well() -> None:
 
 def test_merge_is_measured_against_a_copy_of_the_same_bytes() -> None:
     rows = run("merge")["merge"].rows
-    assert [row["contestant"] for row in rows] == ["copy", *ADAPTED]
+    bat = ADAPTED.index("misscompile bat")
+    assert [row["contestant"] for row in rows] == ["copy", *ADAPTED[:bat], PRODUCT, *ADAPTED[bat:]]
     sites = 2 * (4 * 32 * 32 + 3 * 32 * 64)
     for row in rows:
         assert row["bytes"] == 4 * sites
         check_spread(row["bandwidth_of_copy"])
         assert row["gigabytes_a_second"] == pytest.approx(4 * sites / row["seconds"]["median"] / 1e9)
+
+
+def test_the_product_of_bat_alone_is_that_of_its_merge() -> None:
+    r, weights = 4, [torch.randn(8, 12).bfloat16(), torch.randn(6, 8)]  # r does not divide 6: bat would not take it
+    with FlopCounterMode(display=False) as counter:
+        Multiplying(weights, r).run()
+    owner = nn.Linear(12, 8, bias=False)
+    model = misscompile.adapt(nn.Sequential(owner), {"r": r, "init_weights": "bat", "target_modules": ["0"]})
+    with FlopCounterMode(display=False) as merging:
+        misscompile.merge(model)
+    assert counter.get_total_flops() == merging.get_total_flops() == 2 * 8 * 12 * r
 
 
 def test_growth_has_a_row_for_each_size_and_the_large_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from misscompile.benchmark.tables import Column, Row, Table, ratio, spread_milli
 from misscompile.state import owners
 
 PRESET = "yardstick-4"
+PRODUCT = "the product of bat alone"
 
 
 class Merging:
@@ -52,14 +53,39 @@ class Copying:
             kept.copy_(weight)
 
 
+class Multiplying:
+    """The product of bat alone, `W[o, k] B[o]` of every weight in float32: what a merge of bat has to compute.
+
+    Args:
+        weights: `(out, in)` each, as far as `r` divides both; in the layout of `Conv1D` the product is as large.
+        r: rank.
+    """
+
+    def __init__(self, weights: list[Tensor], r: int) -> None:
+        fitting = [weight for weight in weights if not weight.shape[0] % r and not weight.shape[1] % r]
+        self._shards = [weight.float().reshape(weight.shape[0] // r, weight.shape[1], r) for weight in fitting]
+        self._blocks = [torch.full((len(shards), r, r), 1e-3, device=shards.device) for shards in self._shards]
+        largest = max((shards.numel() for shards in self._shards), default=0)
+        self._product = torch.zeros(largest, device=weights[0].device)
+
+    def run(self) -> None:
+        for shards, block in zip(self._shards, self._blocks, strict=True):
+            torch.bmm(shards, block, out=self._product[: shards.numel()].view(shards.shape))
+
+
 def run(settings: Settings) -> list[Table]:
-    """One table: a row for each dtype and contestant."""
+    """One table: a row for each dtype and contestant, and for the product that bat cannot do without."""
     rows: list[Row] = []
     for dtype in settings.dtypes:
         contestants = [c for c in entries(settings) if c.provider != "base"]
-        copying = Copying(_adapted_weights(settings, dtype))
-        trials = {c.label: Merging(c, settings, dtype).trial() for c in contestants}
-        seconds = take_turns({"copy": Trial(copying.run), **trials}, settings.rounds, settings.device)
+        weights = _adapted_weights(settings, dtype)
+        copying = Copying(weights)
+        trials = {"copy": Trial(copying.run)}
+        for contestant in contestants:
+            if contestant == Contestant("misscompile", "bat"):
+                trials[PRODUCT] = Trial(Multiplying(weights, settings.r).run)
+            trials[contestant.label] = Merging(contestant, settings, dtype).trial()
+        seconds = take_turns(trials, settings.rounds, settings.device)
         rows += [
             {
                 "dtype": dtype,
@@ -73,7 +99,8 @@ def run(settings: Settings) -> list[Table]:
         ]
     note = (
         f"`{settings.preset(PRESET)}`, r {settings.r}, mini_r {settings.mini_r}. Bytes of the weights over the time of the "
-        "merge, relative to the same of copying them once into memory that is there already."
+        "merge, relative to the same of copying them once into memory that is there already. A merge of bat has to multiply "
+        "each weight with its block: the product alone, in float32, is the most that it could reach."
     )
     columns = (
         Column("dtype", "weights"),
