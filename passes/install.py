@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from misscompile.passes.find import weight_dtype
@@ -23,6 +23,7 @@ from misscompile.plan import Scope
 from misscompile.state import STATE, OwnerState, swap_base_values
 
 _serial = itertools.count()
+_namespace: dict[str, Any] = {}
 
 
 def generate_forward(scope: Scope) -> None:
@@ -31,9 +32,20 @@ def generate_forward(scope: Scope) -> None:
     scope.code = readable_code(python.src)
     filename = f"<misscompile {scope.base_class.__name__} {next(_serial)}>"
     linecache.cache[filename] = (len(python.src), None, python.src.splitlines(keepends=True), filename)
-    namespace = dict(python.globals)
+    namespace = _namespace_with(python.globals)
     exec(compile(python.src, filename, "exec"), namespace)  # noqa: S102 - torch.fx wrote this source
-    scope.forward = namespace["forward"]
+    scope.forward = namespace.pop("forward")
+
+
+def _namespace_with(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The globals for a generated forward: one dict for all, since Dynamo guards what each of them reads.
+
+    Two graphs may call different functions by one name; then the later one has globals of its own.
+    """
+    if any(_namespace.get(name, value) is not value for name, value in names.items()):
+        return dict(names)
+    _namespace.update(names)
+    return _namespace
 
 
 def readable_code(source: str) -> str:
