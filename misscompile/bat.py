@@ -11,18 +11,21 @@ In training ΔW is formed once more in the backward instead of being kept, with
     dx = dy (W + ΔW),   dW = dyᵀ x,   dB[o] = Σ_k (W[o, k]ᵀ + I) dW[o, k]
 
 so that what a site keeps is `x`. That takes an autograd function: autograd keeps the operands of a product, and
-AOTAutograd would merge a second, equal computation with the first and keep its result.
+AOTAutograd would merge a second, equal computation with the first and keep its result. Under `torch.compile` a call is one
+operator with one more for its gradients, since Inductor would make nothing of it but a kernel for each cast, sum and shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
+
+from misscompile.operators import define_operator, register_gradient, takes_operators
 
 
 def bat_linear(
@@ -36,8 +39,11 @@ def bat_linear(
         bias: `(out)` or None.
         blocks: `(out/r, r, r)` each, of any ranks.
         two_products: one with `W` and one with `ΔW`, since the sum of the two would be rounded.
-        few_tokens: up to this many tokens a call without gradients takes the factored form, see `misscompile.cost`.
+        few_tokens: up to this many tokens a call without gradients takes the factored form, see `misscompile.cost`; and
+            any compiled one, which chooses when it runs.
     """
+    if takes_operators(x) and not torch.is_autocast_enabled(x.device.type):  # a foreign operator knows no autocast
+        return cast(Tensor, BAT_LINEAR(x, weight, bias, blocks, two_products, few_tokens))
     if _needs_gradient(x, weight, bias, *blocks):
         if not _is_transformed():
             return _call_product(x, weight, bias, two_products, *blocks)
@@ -140,27 +146,41 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *blocks = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, *needs_blocks = ctx.needs_input_grad
-        g = gradients[0].reshape(-1, weight.shape[0])
-        dx = dweight = None
-        dblocks: list[Tensor | None] = [None] * len(blocks)
-        if needs_x:
-            total = weight if ctx.two_products is not None else torch.zeros((), dtype=weight.dtype, device=weight.device)
-            for block in blocks:
-                total = total + _bat_delta_again(weight, block)
-            dx = (g @ total.to(g.dtype)).to(x.dtype).view(x.shape)
-        if needs_weight or any(needs_blocks):
-            product = (g.t() @ x.reshape(-1, x.shape[-1]).to(g.dtype)).to(weight.dtype)
-            dblocks = [
-                _block_gradient(product, weight, block) if needed else None
-                for block, needed in zip(blocks, needs_blocks, strict=True)
-            ]
-            if needs_weight:
-                dweight = torch.zeros_like(product) if ctx.two_products is None else product
-                for block in blocks:
-                    r = block.shape[-1]
-                    folded = torch.bmm(_shards(product, r), block.to(product.dtype).transpose(1, 2))
-                    dweight = dweight + folded.view(product.shape)
-        return (dx, dweight, g.sum(0) if needs_bias else None, None, *dblocks)
+        needs = [needs_x, needs_weight, needs_bias, *needs_blocks]
+        dx, dweight, dbias, *dblocks = _spread(_gradients(gradients[0], x, weight, blocks, ctx.two_products, needs), needs)
+        return (dx, dweight, dbias, None, *dblocks)
+
+
+def _gradients(
+    g: Tensor, x: Tensor, weight: Tensor, blocks: Sequence[Tensor], two_products: bool | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Those of the gradients of x, weight, bias and each block that `needs` asks for; `two_products` as in `_Product`."""
+    needs_x, needs_weight, needs_bias, *needs_blocks = needs
+    g = g.reshape(-1, weight.shape[0])
+    found = []
+    if needs_x:
+        total = weight if two_products is not None else torch.zeros((), dtype=weight.dtype, device=weight.device)
+        for block in blocks:
+            total = total + _bat_delta_again(weight, block)
+        found.append((g @ total.to(g.dtype)).to(x.dtype).view(x.shape))
+    if needs_weight or any(needs_blocks):
+        product = (g.t() @ x.reshape(-1, x.shape[-1]).to(g.dtype)).to(weight.dtype)
+    if needs_weight:
+        dweight = torch.zeros_like(product) if two_products is None else product
+        for block in blocks:
+            folded = torch.bmm(_shards(product, block.shape[-1]), block.to(product.dtype).transpose(1, 2))
+            dweight = dweight + folded.view(product.shape)
+        found.append(dweight)
+    if needs_bias:
+        found.append(g.sum(0))
+    found += [_block_gradient(product, weight, block) for block, needed in zip(blocks, needs_blocks, strict=True) if needed]
+    return found
+
+
+def _spread(found: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """`found` in the places where `needs` is true, None in the others."""
+    rest = iter(found)
+    return [next(rest) if needed else None for needed in needs]
 
 
 def _block_gradient(product: Tensor, weight: Tensor, block: Tensor) -> Tensor:
@@ -188,6 +208,38 @@ def _is_transformed() -> bool:
     """Whether a `torch.func` transform runs; there the plain operations are what composes."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
+
+def _like_gradients(
+    g: Tensor, x: Tensor, weight: Tensor, blocks: Sequence[Tensor], two_products: bool, needs: Sequence[bool]
+) -> list[Tensor]:
+    operands = (x, weight, g.new_empty(g.shape[-1]), *blocks)
+    return [tensor.new_empty(tensor.shape) for tensor, needed in zip(operands, needs, strict=True) if needed]
+
+
+def _keep_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, blocks, ctx.two_products, _ = inputs
+    ctx.needs = [tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, *blocks)]
+    ctx.save_for_backward(x, weight, *blocks)
+
+
+def _differentiate(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    x, weight, *blocks = ctx.saved_tensors
+    found = BAT_GRADIENTS(g, x, weight, blocks, ctx.two_products, ctx.needs)
+    dx, dweight, dbias, *dblocks = _spread(found, ctx.needs)
+    return dx, dweight, dbias, dblocks, None, None
+
+
+BAT_LINEAR = define_operator(
+    "bat_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] blocks, bool two_products, int few_tokens) -> Tensor",
+    bat_linear,
+    lambda x, weight, bias, blocks, two_products, few_tokens: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+BAT_GRADIENTS = define_operator(
+    "bat_gradients(Tensor g, Tensor x, Tensor weight, Tensor[] blocks, bool two_products, bool[] needs) -> Tensor[]",
+    _gradients,
+    _like_gradients,
+)
+register_gradient("bat_linear", _differentiate, _keep_operands)
 
 # The choice of a form is made when the model runs: one node where the insert pass traces this file.
 torch.fx.wrap("add_bat")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -25,12 +25,18 @@ from torch import Tensor
 from misscompile.bat import bat_delta
 from misscompile.config import Variant
 from misscompile.dropout import dropout
+from misscompile.products import (
+    ADD_GROUPS,
+    ADD_PRODUCT,
+    MANY_TOKENS,
+    VECTOR,
+    accumulation_dtype,
+    is_one_call,
+    plain_add_groups,
+    plain_add_product,
+)
 
-MANY_TOKENS = 64
-"""From here on a product over 16-bit tokens is worth a preparation of its own (measured, CPU)."""
-
-VECTOR = 32
-"""16-bit values in a vector register."""
+__all__ = ["MANY_TOKENS", "VECTOR"]
 
 
 def block_shape(variant: Variant, r: int, mini_r: int, in_features: int, out_features: int) -> tuple[int, ...]:
@@ -62,36 +68,15 @@ def init_block(block: Tensor, random_start: bool) -> None:
         torch.nn.init.zeros_(block)
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """dtype in which the shards of `x` are summed: float32, or float64 for float64 input."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def operand_dtype(x: Tensor) -> torch.dtype:
     """dtype in which the shards of `x` are summed for a product in the dtype of `x`.
 
     torch sums bfloat16 values in float32 and rounds once: what casting the float32 sum gives, without the float32
-    gradient as wide as `x`. Few tokens are multiplied in float32, see `add_product`. Inductor puts a float32 sum into the
-    kernel of what produces `x`, and a bfloat16 one beside it.
+    gradient as wide as `x`. Few tokens are multiplied in float32, see `add_product`.
     """
-    if torch.compiler.is_compiling():
-        return accumulation_dtype(x)
     if x.dtype == torch.bfloat16 and x.numel() >= MANY_TOKENS * x.shape[-1]:
         return x.dtype
     return accumulation_dtype(x)
-
-
-def match_dtype(s: Tensor, block: Tensor, y: Tensor, terms: int) -> tuple[Tensor, Tensor]:
-    """`s` and `block` in the dtype of `y`, for a product with the dtype of the base output.
-
-    A sum of `terms` float16 values can exceed float16's range although each value is finite; then zero times infinity
-    would make an untrained adapter differ from its base. A power of two moved from `s` to `block` leaves the product
-    the same and keeps `s` within the largest value of `x`.
-    """
-    if y.dtype == torch.float16:
-        scale = float(2 ** (terms - 1).bit_length())
-        return (s / scale).to(y.dtype), (block * scale).to(y.dtype)
-    return s.to(y.dtype), block.to(y.dtype)
 
 
 def sum_shards(x: Tensor, in_features: int, r: int, as_operand: bool = False) -> Tensor:
@@ -113,12 +98,9 @@ def add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
     For few tokens a 16-bit copy of the block costs more than a product in the block's own precision. Under autocast
     `addmm` would round a wider `y` to the dtype of the region.
     """
-    few = y.dtype.itemsize == 2 and s.numel() < MANY_TOKENS * s.shape[-1]
-    if few or (y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type)):
-        s = s.to(accumulation_dtype(s))
-        return y + (s @ block.to(s.dtype)).to(y.dtype)
-    s, d = match_dtype(s, block, y, terms)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), d).view_as(y)
+    if is_one_call(y, block):
+        return cast(Tensor, ADD_PRODUCT(y, s, block, terms))
+    return plain_add_product(y, s, block, terms)
 
 
 def add_mini(y: Tensor, s: Tensor, block: Tensor) -> Tensor:
@@ -136,13 +118,9 @@ def add_groups(y: Tensor, update: Tensor) -> Tensor:
     A broadcast; but groups of few 16-bit values do not fill a vector register, and there a product with `out / m`
     identities side by side, which adds nothing but the same values, takes a fraction of the time.
     """
-    out_features, m = y.shape[-1], update.shape[-1]
-    update = update.to(y.dtype)
-    if y.dtype.itemsize == 2 and m < VECTOR and update.numel() >= MANY_TOKENS * m:
-        # (out, m) in memory: the layout that the product of the backward reads
-        identities = torch.eye(m, dtype=y.dtype, device=y.device).repeat(out_features // m, 1).t()
-        return torch.addmm(y.reshape(-1, out_features), update.reshape(-1, m), identities).view_as(y)
-    return (torch.unflatten(y, -1, (out_features // m, m)) + update.unsqueeze(-2)).flatten(-2)
+    if is_one_call(y, update):
+        return cast(Tensor, ADD_GROUPS(y, update))
+    return plain_add_groups(y, update)
 
 
 def drop_input(x: Tensor, p: float, training: bool) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
@@ -168,12 +167,11 @@ def test_nothing_of_the_size_of_the_weight_is_kept(dtype: torch.dtype, compiled:
     if compiled:  # the partitioner that Inductor uses decides what is kept
         run = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
         run(x).sum().backward()
-    sizes = [math.prod(shape) for shape in kept(run, x, x, *model.parameters())]
-    assert max(sizes, default=0) <= model[0].miss_block_default.numel()  # a 16-bit copy of the block, when compiled
-    assert bool(sizes) == (compiled and dtype is torch.bfloat16)
+    assert kept(run, x, x, *model.parameters()) == []
 
 
-def test_one_graph_for_all_lengths_and_one_for_decoding() -> None:
+def test_one_graph_for_all_lengths() -> None:
+    """The form for few tokens is chosen inside of the operator, when it runs."""
     model = linear().eval()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -181,7 +179,7 @@ def test_one_graph_for_all_lengths_and_one_for_decoding() -> None:
         for length in (9, 40, 33, 2, 3, 7, 90):
             x = torch.randn(length, 32)
             assert max_error(compiled(x), model(x)) < 1e-5
-    assert counter.frame_count == 2
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

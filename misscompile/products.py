@@ -1,0 +1,163 @@
+"""Adding the product with a block, or its repeat, to an output: the forms, their gradients, and each as one operator.
+
+Under `torch.compile`, where a 16-bit output meets a wider block, each is an operator of its own that runs the very forms of
+eager mode. Inductor makes nothing of their parts: a product is a call, and the 16-bit copy of a block that it reads
+would be a generated kernel by itself, one for each shape and again for the gradient, each a run of the C++ compiler, and
+AOTAutograd would keep the copy for the backward. Around the operator everything fuses as before: the shard sum into what
+makes `x`, the gradient of the sum into what reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from misscompile.operators import define_operator, register_gradient, takes_operators
+
+MANY_TOKENS = 64
+"""From here on a product over 16-bit tokens is worth a preparation of its own (measured, CPU)."""
+
+VECTOR = 32
+"""16-bit values in a vector register."""
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """dtype in which the shards of `x` are summed: float32, or float64 for float64 input."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def match_dtype(s: Tensor, block: Tensor, y: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    """`s` and `block` in the dtype of `y`, for a product with the dtype of the base output.
+
+    A sum of `terms` float16 values can exceed float16's range although each value is finite; then zero times infinity
+    would make an untrained adapter differ from its base. A power of two moved from `s` to `block` leaves the product
+    the same and keeps `s` within the largest value of `x`.
+    """
+    scale = _scale(y, terms)
+    if scale != 1:
+        return (s / scale).to(y.dtype), (block * scale).to(y.dtype)
+    return s.to(y.dtype), block.to(y.dtype)
+
+
+def is_one_call(y: Tensor, other: Tensor) -> bool:
+    """Whether what is added to `y` becomes an operator of its own: where its dtype has to change, see the module.
+
+    Between equal dtypes nothing has to be prepared.
+    """
+    return y.dtype.itemsize == 2 and other.dtype != y.dtype and takes_operators(y)
+
+
+def plain_add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
+    """See `misscompile.variants.add_product`."""
+    autocast = y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type)
+    if autocast or (y.dtype.itemsize == 2 and _is_wide(y)):
+        s = s.to(accumulation_dtype(s))
+        return y + (s @ block.to(s.dtype)).to(y.dtype)
+    s, d = match_dtype(s, block, y, terms)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), d).view_as(y)
+
+
+def plain_add_groups(y: Tensor, update: Tensor) -> Tensor:
+    """See `misscompile.variants.add_groups`."""
+    out_features, m = y.shape[-1], update.shape[-1]
+    update = update.to(y.dtype)
+    if _is_narrow(y, m):
+        tokens = torch.addmm(y.reshape(-1, out_features), update.reshape(-1, m), _identities(y, m).t())
+        return tokens.view_as(y)
+    return (torch.unflatten(y, -1, (out_features // m, m)) + update.unsqueeze(-2)).flatten(-2)
+
+
+def _is_wide(y: Tensor) -> bool:
+    """Whether the product of a 16-bit output takes the precision of its block: it has few tokens."""
+    return y.numel() < MANY_TOKENS * y.shape[-1]
+
+
+def _is_narrow(y: Tensor, m: int) -> bool:
+    return y.dtype.itemsize == 2 and m < VECTOR and not _is_wide(y)
+
+
+def _identities(y: Tensor, m: int) -> Tensor:
+    """`(out, m)`: in memory the layout that the product of the backward reads."""
+    return torch.eye(m, dtype=y.dtype, device=y.device).repeat(y.shape[-1] // m, 1)
+
+
+def _scale(y: Tensor, terms: int) -> float:
+    return float(2 ** (terms - 1).bit_length()) if y.dtype == torch.float16 else 1.0
+
+
+def _sum_gradient(g: Tensor, block: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
+    """`g Dᵀ (…, r)`, the gradient of `s`, in its dtype."""
+    if _is_wide(g):
+        wide = torch.promote_types(dtype, torch.float32)
+        return (g.to(wide) @ block.to(wide).t()).to(dtype)
+    scale = _scale(g, terms)
+    return (g @ (block * scale).to(g.dtype).t()).to(dtype) / scale
+
+
+def _block_gradient(g: Tensor, s: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
+    """`sᵀ g (r, out)`, the gradient of the block, in its dtype."""
+    g, s = g.reshape(-1, g.shape[-1]), s.reshape(-1, s.shape[-1])
+    if _is_wide(g):
+        wide = accumulation_dtype(s)
+        return (s.to(wide).t() @ g.to(wide)).to(dtype)
+    scale = _scale(g, terms)
+    return ((s / scale).to(g.dtype).t() @ g).to(dtype) * scale
+
+
+def _groups_gradient(g: Tensor, m: int, dtype: torch.dtype) -> Tensor:
+    """The groups of `g (…, out)` summed, `(…, m)`."""
+    if _is_narrow(g, m):
+        return (g @ _identities(g, m)).to(dtype)
+    return torch.unflatten(g, -1, (-1, m)).sum(-2).to(dtype)
+
+
+_SUM_GRADIENT = define_operator(
+    "sum_gradient(Tensor g, Tensor block, int terms, ScalarType dtype) -> Tensor",
+    _sum_gradient,
+    lambda g, block, terms, dtype: g.new_empty((*g.shape[:-1], block.shape[0]), dtype=dtype),
+)
+_BLOCK_GRADIENT = define_operator(
+    "block_gradient(Tensor g, Tensor s, int terms, ScalarType dtype) -> Tensor",
+    _block_gradient,
+    lambda g, s, terms, dtype: g.new_empty((s.shape[-1], g.shape[-1]), dtype=dtype),
+)
+_GROUPS_GRADIENT = define_operator(
+    "groups_gradient(Tensor g, int m, ScalarType dtype) -> Tensor",
+    _groups_gradient,
+    lambda g, m, dtype: g.new_empty((*g.shape[:-1], m), dtype=dtype),
+)
+ADD_PRODUCT = define_operator(
+    "add_product(Tensor y, Tensor s, Tensor block, int terms) -> Tensor",
+    plain_add_product,
+    lambda y, s, block, terms: y.new_empty(y.shape),
+)
+ADD_GROUPS = define_operator(
+    "add_groups(Tensor y, Tensor update) -> Tensor", plain_add_groups, lambda y, update: y.new_empty(y.shape)
+)
+
+
+def _keep_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, s, block, ctx.terms = inputs
+    ctx.sum_dtype, ctx.block_dtype = s.dtype, block.dtype
+    ctx.save_for_backward(s if ctx.needs_input_grad[2] else None, block if ctx.needs_input_grad[1] else None)
+
+
+def _differentiate_product(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    s, block = ctx.saved_tensors
+    ds = None if block is None else _SUM_GRADIENT(g, block, ctx.terms, ctx.sum_dtype)
+    dblock = None if s is None else _BLOCK_GRADIENT(g, s, ctx.terms, ctx.block_dtype)
+    return g, ds, dblock, None
+
+
+def _keep_groups(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.m, ctx.dtype = inputs[1].shape[-1], inputs[1].dtype
+
+
+def _differentiate_groups(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    return g, _GROUPS_GRADIENT(g, ctx.m, ctx.dtype)
+
+
+register_gradient("add_product", _differentiate_product, _keep_product)
+register_gradient("add_groups", _differentiate_groups, _keep_groups)

@@ -1,0 +1,172 @@
+"""The operators that stay one call under `torch.compile`, against the forms that eager mode runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import fill_blocks, max_error
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+import misscompile as mc
+from misscompile import bat, operators, products, variants
+
+IN, OUT, R, M = 24, 48, 8, 4
+MANY, FEW = 2 * variants.MANY_TOKENS, variants.MANY_TOKENS // 2
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (0.5 * torch.randn(shape)).to(dtype).requires_grad_()
+
+
+def compiled(function: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+
+
+def graph_targets(function: Any, *operands: Any) -> list[Any]:
+    """What Dynamo's graph calls."""
+    torch._dynamo.reset()
+    found: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        found.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*operands)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [(MANY,), (FEW,), (2, MANY), ()])
+@pytest.mark.parametrize("variant", ["balance", "mini", "wide mini", "bat"])
+def test_values_and_gradients_are_those_of_eager(dtype: torch.dtype, tokens: tuple[int, ...], variant: str) -> None:
+    torch.manual_seed(0)
+    x = leaf(*tokens, IN, dtype=dtype)
+    if variant == "bat":
+        weight, bias, block = leaf(OUT, IN, dtype=dtype), leaf(OUT, dtype=dtype), leaf(OUT // R, R, R)
+        operands = [x, weight, bias, block]
+        function = lambda x, weight, bias, block: bat.bat_linear(x, weight, bias, [block], True, 4)  # noqa: E731
+        operator = bat.BAT_LINEAR
+    elif variant == "balance":
+        operands = [leaf(*tokens, OUT, dtype=dtype), x, leaf(R, OUT)]
+        function = lambda y, x, d: variants.add_product(y, variants.sum_shards(x, IN, R, True), d, IN // R)  # noqa: E731
+        operator = products.ADD_PRODUCT
+    else:
+        operands = [leaf(*tokens, OUT, dtype=dtype), leaf(*tokens, M if variant == "mini" else OUT)]
+        function, operator = variants.add_groups, products.ADD_GROUPS
+    assert operator in graph_targets(function, *operands)
+    cotangent = torch.randn(*tokens, OUT).to(dtype)
+    results = []
+    for run in (function, compiled(function)):
+        y = run(*operands)
+        results.append([y, *torch.autograd.grad(y, operands, cotangent)])
+    for ours, eager in zip(*results, strict=True):
+        assert (ours.shape, ours.dtype) == (eager.shape, eager.dtype)
+        assert max_error(ours, eager) <= 2 * torch.finfo(dtype).eps * float(eager.abs().max())
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_only_what_is_asked_for_gets_a_gradient(wanted: int) -> None:
+    def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+        return [
+            torch.randn(shape).to(torch.float32 if i >= 2 else torch.bfloat16).requires_grad_(i == wanted)
+            for i, shape in enumerate(shapes)
+        ]
+
+    operands = leaves((MANY, OUT), (MANY, R), (R, OUT), (OUT // R, R, R))
+
+    def run(y: Tensor, s: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        return bat.bat_linear(variants.add_product(y, s, d, 3), torch.ones(R, OUT).to(y), None, [b[:1, :, :]], True, 0)
+
+    compiled(run)(*operands).float().square().sum().backward()
+    assert [operand.grad is not None for operand in operands] == [i == wanted for i in range(4)]
+    gradient = operands[wanted].grad.clone()
+    operands[wanted].grad = None
+    run(*operands).float().square().sum().backward()
+    assert max_error(gradient, operands[wanted].grad) <= 0.02 * float(gradient.abs().max())
+
+
+def test_operators_declare_what_they_do() -> None:
+    y, s, d = leaf(MANY, OUT, dtype=torch.bfloat16), leaf(MANY, R, dtype=torch.bfloat16), leaf(R, OUT)
+    torch.library.opcheck(products.ADD_PRODUCT, (y, s, d, 3))
+    torch.library.opcheck(products.ADD_GROUPS, (y, leaf(MANY, M)))
+    x, weight = leaf(MANY, IN, dtype=torch.bfloat16), leaf(OUT, IN, dtype=torch.bfloat16)
+    blocks = [leaf(OUT // R, R, R), leaf(OUT // 4, 4, 4)]
+    torch.library.opcheck(bat.BAT_LINEAR, (x, weight, None, blocks, True, 4))
+
+
+def test_an_output_of_other_strides() -> None:
+    y = leaf(OUT, MANY, dtype=torch.bfloat16).t()
+    s, d, update = leaf(MANY, R, dtype=torch.bfloat16), leaf(R, OUT), leaf(MANY, M)
+    for function, operands in ((variants.add_product, (y, s, d, 3)), (variants.add_groups, (y, update))):
+        assert max_error(compiled(function)(*operands), function(*operands)) <= 2**-7 * float(y.abs().max())
+
+
+def test_equal_dtypes_are_plain_operations() -> None:
+    """Nothing has to be prepared, and Inductor may choose and fuse."""
+    y, s, d = leaf(MANY, OUT), leaf(MANY, R), leaf(R, OUT)
+    assert torch.addmm in graph_targets(variants.add_product, y, s, d, 3)
+    assert products.ADD_GROUPS not in graph_targets(variants.add_groups, y, leaf(MANY, M))
+
+
+def test_a_region_of_autocast_decides_the_dtypes_of_bat() -> None:
+    x, weight, block = leaf(MANY, IN), leaf(OUT, IN), leaf(OUT // R, R, R)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return bat.bat_linear(x, weight, None, [block], False, 0)
+
+    assert compiled(run)(x).dtype == run(x).dtype == torch.bfloat16
+    assert max_error(compiled(run)(x), run(x)) < 0.05
+
+
+def test_an_exported_graph_needs_no_library() -> None:
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, IN)).bfloat16()
+    for index, init_weights in enumerate((True, "bat")):
+        mc.adapt(model, mc.MissConfig(r=R, init_weights=init_weights, target_modules=[str(index)]), adapter_name=f"a{index}")
+    mc.set_adapter(model, ["a0", "a1"])
+    x = torch.randn(MANY, IN).bfloat16()
+    for strict in (False, True):
+        program = torch.export.export(fill_blocks(model), (x,), strict=strict)
+        targets = {str(node.target) for node in program.graph.nodes}
+        assert any("addmm" in target for target in targets)
+        assert not any("misscompile" in target for target in targets)
+
+
+@pytest.mark.parametrize("init_weights", [True, "mini", "bat"])
+def test_blocks_of_a_16_bit_model_are_read_by_operators_alone(init_weights: Any) -> None:
+    """A cast of a block would be a kernel of its own, forward and backward, and its result would be kept."""
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, IN)).bfloat16()
+    mc.adapt(model, mc.MissConfig(r=R, mini_r=M, init_weights=init_weights, target_modules=["0", "1"]))
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    run = torch.compile(fill_blocks(model), backend=backend, fullgraph=True)
+    run(torch.randn(MANY, IN).bfloat16().requires_grad_()).sum().backward()
+    assert len(graphs) == 2
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("misscompile" in str(node.target) for node in nodes) >= 4
+    casts = [node.meta["val"].shape for node in nodes if "_to_copy" in str(node.target)]
+    assert all(MANY in shape for shape in casts)  # the gradient of a float32 sum, which fuses
+
+
+def test_a_tensor_subclass_takes_plain_operations() -> None:
+    class Wrapped(Tensor):
+        pass
+
+    y = leaf(MANY, OUT, dtype=torch.bfloat16).detach()
+    assert not operators.takes_operators(y)  # eager
+    for given, expected in ((y, True), (y.as_subclass(Wrapped), False)):
+        torch._dynamo.reset()
+        answers: list[bool] = []
+        torch.compile(lambda x, answers=answers: answers.append(operators.takes_operators(x)), backend="eager")(given)
+        assert answers == [expected]
