@@ -29,7 +29,7 @@ from misscompile.passes.install import (
 )
 from misscompile.passes.trace import trace_forward
 from support import VARIANTS, TwoLinears, adapted, fill_blocks, max_error
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
 import misscompile as mc
@@ -53,6 +53,34 @@ def round_trip(model: nn.Module, how: str) -> nn.Module:
 COPIES = pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
 
 # --- the class ------------------------------------------------------------------------------------------------------
+
+
+def test_generated_forwards_share_their_globals_unless_names_collide() -> None:
+    first, second = adapted(nn.Sequential(nn.Linear(8, 4)))[0], adapted(nn.Sequential(nn.Linear(8, 12)))[0]
+    names = type(first).forward.__globals__
+    assert type(second).forward.__globals__ is names
+    assert "forward" not in names
+
+    def other(x: Tensor) -> Tensor:
+        return x
+
+    scope = Scope(nn.Linear, 8, 4, torch.float32)
+    scope.graph = fx.Graph()
+    scope.graph.output(scope.graph.call_function(other, (scope.graph.placeholder("x"),)))
+    generate_forward(scope)
+    (name,) = set(scope.forward.__globals__) & {key for key, value in scope.forward.__globals__.items() if value is other}
+    assert scope.forward.__globals__ is names
+
+    def another(x: Tensor) -> Tensor:
+        return x + 1
+
+    another.__qualname__, another.__name__ = other.__qualname__, other.__name__
+    scope.graph = fx.Graph()
+    scope.graph.output(scope.graph.call_function(another, (scope.graph.placeholder("x"),)))
+    generate_forward(scope)
+    assert scope.forward.__globals__ is not names
+    assert scope.forward.__globals__[name] is another
+    assert names[name] is other
 
 
 def test_owners_of_equal_structure_share_a_class_within_and_across_models() -> None:
