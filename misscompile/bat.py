@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from misscompile.operators import define_operator, register_gradient, takes_operators
+from misscompile.transforms import is_transformed
 
 
 def bat_linear(
@@ -45,7 +46,7 @@ def bat_linear(
     if takes_operators(x) and not torch.is_autocast_enabled(x.device.type):  # a foreign operator knows no autocast
         return cast(Tensor, BAT_LINEAR(x, weight, bias, blocks, two_products, few_tokens))
     if _needs_gradient(x, weight, bias, *blocks):
-        if not _is_transformed():
+        if not is_transformed():
             return _call_product(x, weight, bias, two_products, *blocks)
     elif x.numel() <= few_tokens * x.shape[-1]:
         return _add_factored(F.linear(x, weight, bias), x, weight, blocks)
@@ -57,7 +58,7 @@ def bat_linear(
 
 def add_bat(y: Tensor, x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     """`y + x ΔWᵀ`: a product of its own, for an input that is not the base's (dropout) and a base that is not a product."""
-    if _needs_gradient(x, weight, block) and not _is_transformed():
+    if _needs_gradient(x, weight, block) and not is_transformed():
         return y + _call_product(x, weight, None, None, block)
     return y + F.linear(x, bat_delta(weight, block))
 
@@ -202,11 +203,6 @@ def _rows(shards: Tensor, block: Tensor) -> Tensor:
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _is_transformed() -> bool:
-    """Whether a `torch.func` transform runs; there the plain operations are what composes."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _like_gradients(

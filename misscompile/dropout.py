@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from misscompile.transforms import is_transformed
+
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """`F.dropout(x, p, training)`, in eager training without a saved mask.
@@ -30,7 +32,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 def _can_redraw(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_contiguous() or x.numel() == 0:
         return False
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return False
     if x.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()

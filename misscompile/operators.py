@@ -14,9 +14,13 @@ _LIBRARY: Any = torch.library.Library("misscompile", "DEF")  # type: ignore[no-u
 def takes_operators(x: Tensor) -> bool:
     """Whether operators of this library may stand in the graph that is being made.
 
-    An exported graph has to run without the library, and a tensor subclass (`DTensor`) knows no foreign operator.
+    On the CPU, where they were measured: each kernel that Inductor generates there is a run of the C++ compiler, and on a
+    GPU it fuses more. An exported graph has to run without the library, and a tensor subclass (`DTensor`) or a transform of
+    `torch.func` knows no foreign operator.
     """
-    return torch.compiler.is_compiling() and type(x) is Tensor and not torch.compiler.is_exporting()
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(x) is Tensor and x.device.type == "cpu"
 
 
 def define_operator(schema: str, rule: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,7 +28,7 @@ def define_operator(schema: str, rule: Callable[..., Any], fake: Callable[..., A
 
     Args:
         schema: name, arguments and results; nothing is mutated, no result may be an argument or a view of one.
-        rule: what it computes, on every device; its results are made contiguous.
+        rule: what it computes; its results are made contiguous.
         fake: from the same arguments, empty contiguous tensors with the shapes and dtypes of the results.
     """
     name = schema.partition("(")[0]

@@ -183,6 +183,8 @@ def base_tensor(owner: nn.Module, name: str) -> Tensor:
 
 def has_attribute(module: nn.Module, name: str) -> bool:
     """`hasattr`, without the error that `nn.Module` makes up to say no."""
+    if type(module).__getattr__ is not nn.Module.__getattr__:
+        return hasattr(module, name)
     registered = name in module._parameters or name in module._buffers or name in module._modules
     return registered or name in vars(module) or hasattr(type(module), name)
 

@@ -29,14 +29,11 @@ from misscompile.products import (
     ADD_GROUPS,
     ADD_PRODUCT,
     MANY_TOKENS,
-    VECTOR,
     accumulation_dtype,
     is_one_call,
     plain_add_groups,
     plain_add_product,
 )
-
-__all__ = ["MANY_TOKENS", "VECTOR"]
 
 
 def block_shape(variant: Variant, r: int, mini_r: int, in_features: int, out_features: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from misscompile import bat, cost, variants
+from misscompile import bat, cost, products, variants
 from misscompile.errors import UnsupportedModuleError
 from misscompile.plan import Block, ModelScope, Scope, Site
 
@@ -92,7 +92,7 @@ def training_form(site: Site, block: Block) -> cost.Form:
     small updates: not in 16 bits, unless rounding them away was asked for.
     """
     exact = site.weight_dtype not in _HALF_PRECISION
-    if block.variant == "mini" and not exact and block.mini_r < variants.VECTOR:
+    if block.variant == "mini" and not exact and block.mini_r < products.VECTOR:
         return "mini by identities"
     if block.variant != "bat":
         return block.variant

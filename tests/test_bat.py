@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support import max_error, reference_delta, rms_error, tiny_llama, token_batch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import misscompile as mc
@@ -66,6 +67,17 @@ def test_gradients_of_gradients(two_products: bool | None) -> None:
 
     assert torch.autograd.gradcheck(run, (x, weight, *blocks))
     assert torch.autograd.gradgradcheck(run, (x, weight, *blocks))
+
+
+@pytest.mark.parametrize("two_products", [False, True])
+def test_forward_mode(two_products: bool) -> None:
+    x, weight, bias, *blocks = operands()
+    direction = torch.randn_like(x)
+    with forward_ad.dual_level():
+        y = bat.bat_linear(forward_ad.make_dual(x, direction), weight, bias, blocks, two_products, 0)
+        tangent = forward_ad.unpack_dual(y).tangent
+    assert tangent is not None
+    assert max_error(tangent, expected(direction, weight, torch.zeros_like(bias), *blocks)) < 1e-12
 
 
 @pytest.mark.parametrize("two_products", [False, True])

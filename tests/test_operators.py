@@ -15,7 +15,7 @@ import misscompile as mc
 from misscompile import bat, operators, products, variants
 
 IN, OUT, R, M = 24, 48, 8, 4
-MANY, FEW = 2 * variants.MANY_TOKENS, variants.MANY_TOKENS // 2
+MANY, FEW = 2 * products.MANY_TOKENS, products.MANY_TOKENS // 2
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -170,3 +170,26 @@ def test_a_tensor_subclass_takes_plain_operations() -> None:
         answers: list[bool] = []
         torch.compile(lambda x, answers=answers: answers.append(operators.takes_operators(x)), backend="eager")(given)
         assert answers == [expected]
+
+
+@pytest.mark.parametrize("init_weights", [True, "mini", "bat"])
+def test_a_compiled_transform_takes_plain_operations(init_weights: Any) -> None:
+    """Of a block in a later layer too: its input depends on the blocks before it."""
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, IN)).bfloat16()
+    mc.adapt(model, mc.MissConfig(r=R, mini_r=M, init_weights=init_weights, target_modules=["0", "1"]))
+    values = {name: parameter.detach() for name, parameter in fill_blocks(model).named_parameters()}
+    x = torch.randn(2, MANY, IN).bfloat16()
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        output: Tensor = torch.func.functional_call(model, values, (x,))
+        return output.float().square().mean()
+
+    def each(x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, values, (x,))  # type: ignore[no-any-return]
+
+    expected, found = torch.func.grad(loss)(values), compiled(torch.func.grad(loss))(values)
+    for name in (name for name in values if "miss" in name):
+        assert max_error(found[name], expected[name]) <= 0.01 * float(expected[name].abs().max())
+    torch._dynamo.reset()
+    batched = torch.compile(torch.func.vmap(each), backend="aot_eager", fullgraph=True)(x)
+    assert max_error(batched, each(x)) <= 0.02 * float(batched.abs().max())
