@@ -1,10 +1,10 @@
 """Adding the product with a block, or its repeat, to an output: the forms, their gradients, and each as one operator.
 
-Under `torch.compile`, where a 16-bit output meets a wider block, each is an operator of its own that runs the very forms of
-eager mode. Inductor makes nothing of their parts: a product is a call, and the 16-bit copy of a block that it reads
-would be a generated kernel by itself, one for each shape and again for the gradient, each a run of the C++ compiler, and
-AOTAutograd would keep the copy for the backward. Around the operator everything fuses as before: the shard sum into what
-makes `x`, the gradient of the sum into what reads it.
+Under `torch.compile`, where a 16-bit output meets a wider block or a repeat is too short for a vector register, each is an
+operator of its own that runs the very forms of eager mode. Inductor makes nothing of their parts: a product is a call, and
+the 16-bit copy of a block that it reads would be a generated kernel by itself, one for each shape and again for the
+gradient, each a run of the C++ compiler, and AOTAutograd would keep the copy for the backward. Around the operator
+everything fuses as before: the shard sum into what makes `x`, the gradient of the sum into what reads it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from misscompile.operators import define_operator, register_gradient, takes_oper
 MANY_TOKENS = 64
 """From here on a product over 16-bit tokens is worth a preparation of its own (measured, CPU)."""
 
-VECTOR = 32
-"""16-bit values in a vector register."""
+VECTOR = 64
+"""Bytes in a vector register."""
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -49,6 +49,19 @@ def is_one_call(y: Tensor, other: Tensor) -> bool:
     return y.dtype.itemsize == 2 and other.dtype != y.dtype and takes_operators(y)
 
 
+def is_one_call_by_width(y: Tensor, update: Tensor) -> bool:
+    """Whether adding `update (…, m)` to groups of `y` becomes an operator because a group does not fill a vector register.
+
+    There Inductor's loop over `o mod m` runs value by value: an eighth of a training step in float32.
+    """
+    return not fills_vector(y.dtype, update.shape[-1]) and takes_operators(y)
+
+
+def fills_vector(dtype: torch.dtype, m: int) -> bool:
+    """Whether `m` values fill a vector register."""
+    return m * dtype.itemsize >= VECTOR
+
+
 def plain_add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
     """See `misscompile.variants.add_product`."""
     autocast = y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type)
@@ -75,7 +88,7 @@ def _is_wide(y: Tensor) -> bool:
 
 
 def _is_narrow(y: Tensor, m: int) -> bool:
-    return y.dtype.itemsize == 2 and m < VECTOR and not _is_wide(y)
+    return y.dtype.itemsize == 2 and not fills_vector(y.dtype, m) and not _is_wide(y)
 
 
 def _identities(y: Tensor, m: int) -> Tensor:

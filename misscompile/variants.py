@@ -31,6 +31,7 @@ from misscompile.products import (
     MANY_TOKENS,
     accumulation_dtype,
     is_one_call,
+    is_one_call_by_width,
     plain_add_groups,
     plain_add_product,
 )
@@ -115,7 +116,7 @@ def add_groups(y: Tensor, update: Tensor) -> Tensor:
     A broadcast; but groups of few 16-bit values do not fill a vector register, and there a product with `out / m`
     identities side by side, which adds nothing but the same values, takes a fraction of the time.
     """
-    if is_one_call(y, update):
+    if is_one_call(y, update) or is_one_call_by_width(y, update):
         return cast(Tensor, ADD_GROUPS(y, update))
     return plain_add_groups(y, update)
 

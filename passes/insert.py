@@ -92,7 +92,7 @@ def training_form(site: Site, block: Block) -> cost.Form:
     small updates: not in 16 bits, unless rounding them away was asked for.
     """
     exact = site.weight_dtype not in _HALF_PRECISION
-    if block.variant == "mini" and not exact and block.mini_r < products.VECTOR:
+    if block.variant == "mini" and not exact and not products.fills_vector(torch.float16, block.mini_r):
         return "mini by identities"
     if block.variant != "bat":
         return block.variant

@@ -110,7 +110,24 @@ def test_equal_dtypes_are_plain_operations() -> None:
     """Nothing has to be prepared, and Inductor may choose and fuse."""
     y, s, d = leaf(MANY, OUT), leaf(MANY, R), leaf(R, OUT)
     assert torch.addmm in graph_targets(variants.add_product, y, s, d, 3)
-    assert products.ADD_GROUPS not in graph_targets(variants.add_groups, y, leaf(MANY, M))
+    assert products.ADD_GROUPS not in graph_targets(variants.add_groups, y, leaf(MANY, 16))
+
+
+@pytest.mark.parametrize(("dtype", "m"), [(torch.float32, 8), (torch.float64, 4)])
+def test_groups_shorter_than_a_vector_are_one_call(dtype: torch.dtype, m: int) -> None:
+    """As plain operations Inductor adds them value by value."""
+    operands = [leaf(MANY, OUT, dtype=dtype), leaf(MANY, m, dtype=dtype)]
+    assert products.ADD_GROUPS in graph_targets(variants.add_groups, *operands)
+    cotangent = torch.randn(MANY, OUT).to(dtype)
+    for ours, eager in zip(
+        *(
+            torch.autograd.grad(run(*operands), operands, cotangent)
+            for run in (compiled(variants.add_groups), variants.add_groups)
+        ),
+        strict=True,
+    ):
+        assert max_error(ours, eager) <= 4 * torch.finfo(dtype).eps * float(eager.abs().max())
+    assert torch.equal(compiled(variants.add_groups)(*operands), variants.add_groups(*operands))
 
 
 def test_a_region_of_autocast_decides_the_dtypes_of_bat() -> None:
