@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-_LIBRARY: Any = torch.library.Library("misscompile", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY: Any = library.Library("misscompile", "DEF")  # type: ignore[no-untyped-call]
 
 
 def takes_operators(x: Tensor) -> bool:
@@ -39,11 +39,11 @@ def define_operator(schema: str, rule: Callable[..., Any], fake: Callable[..., A
 
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"misscompile::{name}", fake, lib=_LIBRARY)
+    library.register_fake(f"misscompile::{name}", fake, lib=_LIBRARY)
     operator: Callable[..., Any] = getattr(torch.ops.misscompile, name).default
     return operator
 
 
 def register_gradient(name: str, differentiate: Callable[..., Any], keep: Callable[..., None]) -> None:
     """Give an operator its backward, `differentiate(ctx, gradient)`, and `keep(ctx, inputs, output)` for it."""
-    torch.library.register_autograd(f"misscompile::{name}", differentiate, setup_context=keep, lib=_LIBRARY)
+    library.register_autograd(f"misscompile::{name}", differentiate, setup_context=keep, lib=_LIBRARY)

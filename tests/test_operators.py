@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import fill_blocks, max_error
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
@@ -92,11 +92,11 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted: int) -> None:
 
 def test_operators_declare_what_they_do() -> None:
     y, s, d = leaf(MANY, OUT, dtype=torch.bfloat16), leaf(MANY, R, dtype=torch.bfloat16), leaf(R, OUT)
-    torch.library.opcheck(products.ADD_PRODUCT, (y, s, d, 3))
-    torch.library.opcheck(products.ADD_GROUPS, (y, leaf(MANY, M)))
+    library.opcheck(products.ADD_PRODUCT, (y, s, d, 3))
+    library.opcheck(products.ADD_GROUPS, (y, leaf(MANY, M)))
     x, weight = leaf(MANY, IN, dtype=torch.bfloat16), leaf(OUT, IN, dtype=torch.bfloat16)
     blocks = [leaf(OUT // R, R, R), leaf(OUT // 4, 4, 4)]
-    torch.library.opcheck(bat.BAT_LINEAR, (x, weight, None, blocks, True, 4))
+    library.opcheck(bat.BAT_LINEAR, (x, weight, None, blocks, True, 4))
 
 
 def test_an_output_of_other_strides() -> None:
