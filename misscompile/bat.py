@@ -40,8 +40,8 @@ def bat_linear(
         bias: `(out)` or None.
         blocks: `(out/r, r, r)` each, of any ranks.
         two_products: one with `W` and one with `ΔW`, since the sum of the two would be rounded.
-        few_tokens: up to this many tokens a call without gradients takes the factored form, see `misscompile.cost`; and
-            any compiled one, which chooses when it runs.
+        few_tokens: up to this many tokens a call without gradients takes the factored form, see `misscompile.cost`. As an
+            operator, which chooses when it runs and below autograd, a call in training does so too.
     """
     if takes_operators(x) and not torch.is_autocast_enabled(x.device.type):  # a foreign operator knows no autocast
         return cast(Tensor, BAT_LINEAR(x, weight, bias, blocks, two_products, few_tokens))

@@ -655,6 +655,16 @@ def test_bat_on_a_forward_that_stays_opaque() -> None:
     mc.adapt(model, {"r": 2, "init_weights": "mini", "mini_r": 2, "target_modules": ["0"]})
 
 
+def test_an_attribute_of_the_name_of_the_block_that_a_class_makes_up() -> None:
+    class Answering(nn.Linear):
+        def __getattr__(self, name: str) -> Any:
+            return 1.0 if name.startswith("miss_block") else super().__getattr__(name)
+
+    model = nn.Sequential(Answering(6, 4))
+    told = "0 (Answering): it already has an attribute 'miss_block_default'"
+    refuse(model, {"r": 2, "target_modules": ["0"]}, UnsupportedModuleError, told, inputs=(torch.ones(2, 6),))
+
+
 def test_an_attribute_of_the_name_of_the_block() -> None:
     model = plain()
     model.get_submodule("head").register_buffer("miss_block_default", torch.ones(1))
