@@ -38,7 +38,7 @@ def match_dtype(s: Tensor, block: Tensor, y: Tensor, terms: int) -> tuple[Tensor
     scale = _scale(y, terms)
     if scale != 1:
         return (s / scale).to(y.dtype), (block * scale).to(y.dtype)
-    return s.to(y.dtype), block.to(y.dtype)
+    return cast(s, y.dtype), cast(block, y.dtype)
 
 
 def is_one_call(y: Tensor, other: Tensor) -> bool:
@@ -64,10 +64,9 @@ def fills_vector(dtype: torch.dtype, m: int) -> bool:
 
 def plain_add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
     """See `misscompile.variants.add_product`."""
-    autocast = y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type)
-    if autocast or (y.dtype.itemsize == 2 and _is_wide(y)):
-        s = s.to(accumulation_dtype(s))
-        return y + (s @ block.to(s.dtype)).to(y.dtype)
+    if _is_wide(y) or (y.dtype == torch.float32 and torch.is_autocast_enabled(y.device.type)):
+        s = cast(s, accumulation_dtype(s))
+        return y + cast(s @ cast(block, s.dtype), y.dtype)
     s, d = match_dtype(s, block, y, terms)
     return torch.addmm(y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), d).view_as(y)
 
@@ -75,16 +74,25 @@ def plain_add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor
 def plain_add_groups(y: Tensor, update: Tensor) -> Tensor:
     """See `misscompile.variants.add_groups`."""
     out_features, m = y.shape[-1], update.shape[-1]
-    update = update.to(y.dtype)
+    update = cast(update, y.dtype)
     if _is_narrow(y, m):
         tokens = torch.addmm(y.reshape(-1, out_features), update.reshape(-1, m), _identities(y, m).t())
         return tokens.view_as(y)
     return (torch.unflatten(y, -1, (out_features // m, m)) + update.unsqueeze(-2)).flatten(-2)
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, without a call where nothing changes: with one token, a call is what a site costs."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _is_wide(y: Tensor) -> bool:
-    """Whether the product of a 16-bit output takes the precision of its block: it has few tokens."""
-    return y.numel() < MANY_TOKENS * y.shape[-1]
+    """Whether the product for an output takes the precision of its block and is added: it has few tokens.
+
+    For wider dtypes than 16 bits that is a matter of a few microseconds, and no reason for a second compiled graph.
+    """
+    is_few = y.numel() < MANY_TOKENS * y.shape[-1]
+    return is_few and (y.dtype.itemsize == 2 or not torch.compiler.is_compiling())
 
 
 def _is_narrow(y: Tensor, m: int) -> bool:

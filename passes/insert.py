@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from misscompile import bat, cost, products, variants
+from misscompile import bat, cost, products, sharing, variants
 from misscompile.errors import UnsupportedModuleError
 from misscompile.plan import Block, ModelScope, Scope, Site
 
@@ -155,6 +155,9 @@ class _Rewrite:
             return
         mini = block.variant == "mini"
         summed = self._splice(lambda x: variants.sum_shards(x, in_features, r, not mini), (x,), block, self.site.node)
+        if isinstance(self.scope, Scope) and not block.dropout:
+            with self.graph.inserting_before(self.site.node):
+                summed = self._tag(self.graph.call_function(sharing.share_sum, (summed, x)), block)
         terms = -(-in_features // r)
         rule: Callable[..., Any] = variants.add_mini if mini else lambda y, s, d: variants.add_product(y, s, d, terms)
         self.y = self._splice(rule, (self.y, summed, parameter), block, self.after)

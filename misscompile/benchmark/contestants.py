@@ -16,7 +16,7 @@ from misscompile.benchmark.models import Probe, build_model, hidden_size, random
 from misscompile.benchmark.settings import Settings, dtype_named
 
 Provider = Literal["base", "misscompile", "peft"]
-Form = Literal["", "rounded", "captured"]
+Form = Literal["", "rounded"]
 
 INIT_WEIGHTS: dict[str, bool | str] = {"balance": True, "mini": "mini", "bat": "bat"}
 
@@ -29,7 +29,7 @@ class Contestant:
         provider: "base" adds nothing.
         method: a variant of MiSS, "lora", or "" for the base.
         dropout: probability of the adapter's dropout.
-        form: "rounded" is bat with `round_bat_weight`; "captured" is the whole model as one graph.
+        form: "rounded" is bat with `round_bat_weight`.
     """
 
     provider: Provider
@@ -64,11 +64,10 @@ def lora_rank(r: int) -> int:
     return max(1, r // 2)
 
 
-def enter(model: Any, contestant: Contestant, settings: Settings) -> nn.Module:
-    """`model` with what the contestant adds, at its start values; changed in place unless it is a graph."""
+def enter(model: PreTrainedModel, contestant: Contestant, settings: Settings) -> nn.Module:
+    """`model` with what the contestant adds, at its start values; changed in place."""
     if contestant.provider == "base":
-        base: nn.Module = model
-        return base
+        return model
     if contestant.method == "lora":
         rank = lora_rank(settings.r)
         lora = peft.LoraConfig(
@@ -86,13 +85,6 @@ def enter(model: Any, contestant: Contestant, settings: Settings) -> nn.Module:
         adapted: nn.Module = misscompile.adapt(model, fields, round_bat_weight=contestant.form == "rounded")
         return adapted
     return _peft_model(model, peft.MissConfig(**fields))
-
-
-def _capture(model: PreTrainedModel, settings: Settings) -> nn.Module:
-    """The graph of `model` on what a `Probe` gives it, any number of tokens."""
-    inputs = {"inputs_embeds": random_input(model, settings.tokens, settings.device), "use_cache": False}
-    tokens_vary = {"inputs_embeds": {1: torch.export.Dim.AUTO}, "use_cache": None}
-    return misscompile.capture(model, kwargs=inputs, dynamic_shapes=tokens_vary)
 
 
 def _peft_model(model: PreTrainedModel, config: peft.PeftConfig) -> nn.Module:
@@ -126,14 +118,12 @@ class Field:
 def line_up(
     contestants: list[Contestant], settings: Settings, preset: str, dtype_name: str, tokens: int, **overrides: Any
 ) -> Field:
-    """Build `preset` once and give each contestant a copy, or, to those on a graph, one that is captured once."""
+    """Build `preset` once and give each contestant a copy."""
     dtype, device = dtype_named(dtype_name), settings.device
     base = build_model(preset, dtype, device, **overrides)
-    is_captured = any(contestant.form == "captured" for contestant in contestants)
-    graph = _capture(base, settings) if is_captured else None
     probes = {}
     for contestant in contestants:
-        model = enter(graph if contestant.form == "captured" else copy.deepcopy(base), contestant, settings)
+        model = enter(copy.deepcopy(base), contestant, settings)
         fill_blocks(model)
         probes[contestant] = Probe(model, hidden_size(base), dtype, device)
     return Field(base, probes, random_input(base, tokens, device))

@@ -163,10 +163,11 @@ CODE = text("""
         operand_dtype = misscompile_variants_operand_dtype(input_1)
         unflatten = torch.unflatten(input_1, -1, (3, 4))
         sum_1 = unflatten.sum(-2, dtype = operand_dtype);  unflatten = operand_dtype = None
+        share_sum = misscompile_sharing_share_sum(sum_1, input_1);  sum_1 = None
         linear = torch._C._nn.linear(input_1, weight, bias);  input_1 = weight = bias = None
-        add_product = misscompile_variants_add_product(linear, sum_1, miss_block_a, 3);  linear = sum_1 = miss_block_a = None
+        add_product = misscompile_variants_add_product(linear, share_sum, miss_block_a, 3);  linear = share_sum = miss_block_a = None
         return add_product
-""")
+""")  # noqa: E501
 
 
 def test_code_of_one_scope() -> None:

@@ -24,8 +24,6 @@ def run(settings: Settings) -> list[Table]:
     for mode in settings.modes:
         measured = {}
         for contestant, probe in field.probes.items():
-            if mode == "compiled" and contestant.form == "captured":
-                continue  # AOTAutograd shares equal sums anyway
             forward = CompiledForward(probe, backend=SAME_PARTITION) if mode == "compiled" else probe
             step = TrainingStep(probe, forward, field.embedded)
             step.run()
@@ -36,8 +34,7 @@ def run(settings: Settings) -> list[Table]:
     note = (
         f"`{settings.preset(PRESET)}`, {tokens} tokens, r {settings.r}, mini_r {settings.mini_r}. Saved: distinct storages "
         "kept for the backward, parameters left out. Peak: the most a step holds beyond what was allocated before it "
-        "(compiled: in the table of the steps). Captured: the whole model as one graph by `misscompile.capture`, over the "
-        "base captured in the same way, in which transformers makes the causal mask a tensor."
+        "(compiled: in the table of the steps)."
     )
     columns = (
         Column("dtype", "base"),
@@ -53,17 +50,13 @@ def run(settings: Settings) -> list[Table]:
 
 
 def _entries(settings: Settings) -> list[Contestant]:
-    """The usual ones; balance once more with dropout; and as whole graphs the base and what has shard sums to share."""
+    """The usual ones, and balance once more with dropout."""
     usual = entries(settings)
-    dropped = [dataclasses.replace(c, dropout=DROPOUT) for c in usual if c.method == "balance"]
-    sharing = [c for c in usual if c.provider == "misscompile" and c.method != "bat"]
-    captured = [dataclasses.replace(c, form="captured") for c in (BASE, *sharing)] if sharing else []
-    return usual + dropped + captured
+    return usual + [dataclasses.replace(c, dropout=DROPOUT) for c in usual if c.method == "balance"]
 
 
 def _row(dtype: str, mode: str, contestant: Contestant, measured: dict[Contestant, tuple[int, int | None]]) -> Row:
-    base = dataclasses.replace(BASE, form=contestant.form)
-    (saved, peak), (base_saved, base_peak) = measured[contestant], measured[base]
+    (saved, peak), (base_saved, base_peak) = measured[contestant], measured[BASE]
     balance = measured.get(Contestant("misscompile", "balance"))
     return {
         "dtype": dtype,
