@@ -18,7 +18,7 @@ operator with one more for its gradients, since Inductor would make nothing of i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx
@@ -44,7 +44,8 @@ def bat_linear(
             operator, which chooses when it runs and below autograd, a call in training does so too.
     """
     if takes_operators(x) and not torch.is_autocast_enabled(x.device.type):  # a foreign operator knows no autocast
-        return cast(Tensor, BAT_LINEAR(x, weight, bias, blocks, two_products, few_tokens))
+        y: Tensor = BAT_LINEAR(x, weight, bias, blocks, two_products, few_tokens)
+        return y
     if _needs_gradient(x, weight, bias, *blocks):
         if not is_transformed():
             return _call_product(x, weight, bias, two_products, *blocks)

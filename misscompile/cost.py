@@ -59,7 +59,8 @@ SAVED: dict[Form, sympy.Expr] = {
     "bat two products": SIZE * T * IN,
     "bat beside the base": SIZE * T * IN,
 }
-"""Bytes kept for the backward beside the base's and the parameters, in one dtype: `s`, or the input."""
+"""Bytes kept for the backward beside the base's and the parameters, in one dtype: `s`, once for all calls on one input, or
+the input."""
 
 SAVED_CASTS: dict[Form, sympy.Expr] = {
     "balance": SIZE * R * OUT,
@@ -75,7 +76,7 @@ MOVED: dict[Form, sympy.Expr] = {
     "bat one product": SIZE * (7 * IN * OUT + 2 * R * OUT),
     "bat factored": SIZE * (IN * OUT + R * OUT + T * IN + 3 * T * IN * OUT / R + 8 * T * OUT),
 }
-"""Bytes moved by a forward beside the base's (its own product reads `W + ΔW` in place of `W`)."""
+"""Bytes moved by a forward of many tokens beside the base's (its own product reads `W + ΔW` in place of `W`)."""
 
 
 def crossover(form: Form) -> sympy.Expr:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx
@@ -97,7 +97,8 @@ def add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
     `addmm` would round a wider `y` to the dtype of the region.
     """
     if is_one_call(y, block):
-        return cast(Tensor, ADD_PRODUCT(y, s, block, terms))
+        z: Tensor = ADD_PRODUCT(y, s, block, terms)
+        return z
     return plain_add_product(y, s, block, terms)
 
 
@@ -117,7 +118,8 @@ def add_groups(y: Tensor, update: Tensor) -> Tensor:
     identities side by side, which adds nothing but the same values, takes a fraction of the time.
     """
     if is_one_call(y, update) or is_one_call_by_width(y, update):
-        return cast(Tensor, ADD_GROUPS(y, update))
+        z: Tensor = ADD_GROUPS(y, update)
+        return z
     return plain_add_groups(y, update)
 
 

@@ -2,9 +2,11 @@
 
 balance (mini alike, its product added to groups of the output):
 
-    y = F.linear(x, W, b)      ->   s = x.unflatten(-1, (n, r)).sum(-2)
+    y = F.linear(x, W, b)      ->   s = share_sum(x.unflatten(-1, (n, r)).sum(-2), x)
                                     y = F.linear(x, W, b)
                                     z = add_product(y, s, D)
+
+`share_sum` is left out of whole graphs, where `passes/share.py` sees equal sums, and behind dropout, where no two are equal.
 
 bat, and bat with dropout, which acts on the input of the update alone:
 

@@ -129,7 +129,7 @@ def test_bytes_saved_for_few_16_bit_tokens(init_weights: Any) -> None:
     assert saved_bytes(owner, x) == 4 * 7 * 4
 
 
-@pytest.mark.parametrize("sizes", [((2, 3), 24, 32, 8, 4), ((5,), 32, 16, 8, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [((8, 9), 24, 32, 8, 4), ((65,), 32, 16, 8, 2)], ids=str)
 @pytest.mark.parametrize(
     ("form", "init_weights"), [("balance", True), ("mini", "mini"), ("bat one product", "bat"), ("bat factored", "bat")]
 )

@@ -257,7 +257,7 @@ def test_transforms_and_compilation_see_plain_operations() -> None:
         return graph
 
     compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
-    assert torch.equal(compiled(x).detach(), expected)
+    assert max_error(compiled(x), expected) <= 1e-6 * float(expected.abs().max())
     assert not any("share" in target for target in seen)
     exported = torch.export.export(model, (x,))
     assert not any("share" in str(node.target) for node in exported.graph.nodes)

@@ -52,9 +52,9 @@ def _panels(found: dict[str, list[Row]]) -> Iterable[tuple[str, list[Row], str]]
     for (dtype, mode), rows in itertools.groupby(found.get("memory", []), lambda row: (row["dtype"], row["mode"])):
         lines = [_line(row, 1 + row["saved_over_base"]) for row in rows if row["provider"] != "base"]
         yield f"Kept for the backward, {SHORT[dtype]} base, {mode}", lines, "bytes ÷ frozen base's"
-    if "decode" in found:
-        lines = [_line(row, row["ratio"]) for row in found["decode"] if row["contestant"] != "base"]
-        yield "Decoding, eager", lines, "time a token ÷ base's"
+    for dtype, rows in itertools.groupby(found.get("decode", []), lambda row: row["dtype"]):
+        lines = [_line(row, row["ratio"]) for row in rows if row["contestant"] != "base"]
+        yield f"Decoding, {SHORT[dtype]} base, eager", lines, "time a token ÷ base's"
 
 
 def _line(row: Row, value: Any, floor: float | None = None) -> Row:

@@ -10,10 +10,10 @@ from transformers import DynamicCache
 
 import misscompile
 from misscompile.benchmark.contestants import BASE, enter, entries, fill_blocks, share_weights
-from misscompile.benchmark.measure import Trial, ratios, spread, take_turns
+from misscompile.benchmark.measure import Trial, over, ratios, spread, take_turns
 from misscompile.benchmark.models import build_model
 from misscompile.benchmark.settings import Settings, dtype_named
-from misscompile.benchmark.tables import Column, Row, Table, spread_milliseconds, spread_ratio
+from misscompile.benchmark.tables import Column, Row, Table, percent, spread_milliseconds, spread_ratio
 
 PRESET = "smollm2-135m"
 PROMPT, DECODED = 16, 4
@@ -50,41 +50,58 @@ class Decoding:
 
 
 def run(settings: Settings) -> list[Table]:
-    """One table: a row for each contestant, and for ours with the effective weight kept; in the first dtype.
+    """One table: a row for each dtype and contestant, and for ours with the effective weight kept."""
+    rows = [row for dtype in settings.dtypes for row in _rows(settings, dtype)]
+    note = (
+        f"`{settings.preset(PRESET)}`, batch 1, eager, r {settings.r}, mini_r {settings.mini_r}: {DECODED} tokens after a "
+        f"prompt of {PROMPT}. Bytes: the parameters that a token reads, over the base's. Cached weight: "
+        "`misscompile.merge(model, keep_adapters=True)`, which reads neither the blocks nor the base weights that it keeps."
+    )
+    columns = (
+        Column("dtype", "base"),
+        Column("contestant", "contestant"),
+        Column("bytes_over_base", "bytes over the base", percent),
+        Column("ratio", "ratio to the base", spread_ratio),
+        Column("seconds_a_token", "ms a token", spread_milliseconds),
+    )
+    return [Table("decode", "Decoding", note, columns, rows)]
 
-    All read the same base weights in memory: with a copy for each, a machine's large pages go to the first ones. A merged
-    model has weights of its own.
+
+def _rows(settings: Settings, dtype: str) -> list[Row]:
+    """All read the same base weights in memory: with a copy for each, a machine's large pages go to the first ones.
+
+    A merged model has weights of its own.
     """
-    dtype = settings.dtypes[0]
     base = build_model(settings.preset(PRESET), dtype_named(dtype), settings.device)
     generator = torch.Generator().manual_seed(4)
     prompt = torch.randint(0, base.config.vocab_size, (1, PROMPT), generator=generator).to(settings.device)
     trials: dict[str, Trial] = {}
+    read: dict[str, int] = {}
     for contestant in entries(settings):
         model = enter(share_weights(base), contestant, settings)
         fill_blocks(model)
         models = {contestant.label: model}
+        read[contestant.label] = parameter_bytes(model)
         if contestant.provider == "misscompile":
-            models[f"{contestant.label}, cached weight"] = misscompile.merge(copy.deepcopy(model), keep_adapters=True)
+            cached = f"{contestant.label}, cached weight"
+            models[cached] = misscompile.merge(copy.deepcopy(model), keep_adapters=True)
+            read[cached] = parameter_bytes(base)
         for label, entered in models.items():
             decoding = Decoding(entered, prompt)
             trials[label] = Trial(decoding.run, decoding.prepare)
     seconds = take_turns(trials, settings.rounds, settings.device)
-    rows: list[Row] = [
+    return [
         {
+            "dtype": dtype,
             "contestant": label,
+            "bytes_over_base": over(read[label], read[BASE.label]),
             "seconds_a_token": spread([value / DECODED for value in own]),
             "ratio": ratios(own, seconds[BASE.label]),
         }
         for label, own in seconds.items()
     ]
-    note = (
-        f"`{settings.preset(PRESET)}`, {dtype}, batch 1, eager, r {settings.r}, mini_r {settings.mini_r}: {DECODED} tokens "
-        f"after a prompt of {PROMPT}. Cached weight: `misscompile.merge(model, keep_adapters=True)`."
-    )
-    columns = (
-        Column("contestant", "contestant"),
-        Column("ratio", "ratio to the base", spread_ratio),
-        Column("seconds_a_token", "ms a token", spread_milliseconds),
-    )
-    return [Table("decode", "Decoding", note, columns, rows)]
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of the distinct parameters of a model."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
