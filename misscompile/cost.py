@@ -15,11 +15,8 @@ import sympy
 
 from misscompile.config import Variant
 
-Form = Literal[
-    "balance", "mini", "mini by identities", "bat one product", "bat two products", "bat beside the base", "bat factored"
-]
-"""mini by identities: many 16-bit tokens, see `variants.add_groups`; bat beside the base: with dropout, or on what is no
-plain product; bat factored: few tokens without gradients."""
+Form = Literal["balance", "mini", "bat one product", "bat two products", "bat beside the base", "bat factored"]
+"""bat beside the base: with dropout, or on what is no plain product; bat factored: few tokens without gradients."""
 
 T, IN, OUT, R, M, SIZE = sympy.symbols("tokens in out r m itemsize", positive=True, integer=True)
 
@@ -29,12 +26,10 @@ BASE_FORWARD: sympy.Expr = 2 * T * IN * OUT
 BASE_STEP: sympy.Expr = 2 * BASE_FORWARD
 
 _DELTA: sympy.Expr = 2 * IN * OUT * R
-_TAKE_APART: sympy.Expr = 2 * T * M * OUT
 
 FORWARD: dict[Form, sympy.Expr] = {
     "balance": 2 * T * R * OUT,
     "mini": 2 * T * R * M,
-    "mini by identities": 2 * T * R * M + _TAKE_APART,
     "bat one product": _DELTA,
     "bat two products": _DELTA + BASE_FORWARD,
     "bat beside the base": _DELTA + BASE_FORWARD,
@@ -45,7 +40,6 @@ FORWARD: dict[Form, sympy.Expr] = {
 STEP: dict[Form, sympy.Expr] = {
     "balance": 3 * FORWARD["balance"],
     "mini": 3 * FORWARD["mini"],
-    "mini by identities": 3 * FORWARD["mini"] + 2 * _TAKE_APART,
     "bat one product": 3 * _DELTA + BASE_FORWARD,
     "bat two products": 3 * _DELTA + 2 * BASE_FORWARD,
     "bat beside the base": 3 * _DELTA + 3 * BASE_FORWARD,
@@ -65,10 +59,8 @@ the input."""
 SAVED_CASTS: dict[Form, sympy.Expr] = {
     "balance": SIZE * R * OUT,
     "mini": 2 * T * R,
-    "mini by identities": 4 * T * R + SIZE * M * OUT,
 }
-"""Bytes kept in addition on a 16-bit base with float32 blocks: the block's copy; mini's sum in float32; the identities.
-For "mini by identities" it is all of what is kept."""
+"""Bytes kept in addition on a 16-bit base with float32 blocks: the block's copy; mini's sum in float32."""
 
 MOVED: dict[Form, sympy.Expr] = {
     "balance": SIZE * (T * IN + 2 * T * R + R * OUT + 2 * T * OUT),

@@ -114,8 +114,7 @@ def add_mini(y: Tensor, s: Tensor, block: Tensor) -> Tensor:
 def add_groups(y: Tensor, update: Tensor) -> Tensor:
     """`y (…, out)` with `update (…, m)` added to each group of `m` outputs, in the dtype of `y`.
 
-    A broadcast; but groups of few 16-bit values do not fill a vector register, and there a product with `out / m`
-    identities side by side, which adds nothing but the same values, takes a fraction of the time.
+    A broadcast; but groups of few values do not fill a vector register, and there the update is repeated until it does.
     """
     if is_one_call(y, update) or is_one_call_by_width(y, update):
         z: Tensor = ADD_GROUPS(y, update)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from misscompile import bat, cost, products, sharing, variants
+from misscompile import bat, cost, sharing, variants
 from misscompile.errors import UnsupportedModuleError
 from misscompile.plan import Block, ModelScope, Scope, Site
 
@@ -94,8 +94,6 @@ def training_form(site: Site, block: Block) -> cost.Form:
     small updates: not in 16 bits, unless rounding them away was asked for.
     """
     exact = site.weight_dtype not in _HALF_PRECISION
-    if block.variant == "mini" and not exact and not products.fills_vector(torch.float16, block.mini_r):
-        return "mini by identities"
     if block.variant != "bat":
         return block.variant
     plain = site.layout in ("out_in", "in_out") and site.columns is None and site.weight is not None

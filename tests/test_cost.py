@@ -22,8 +22,8 @@ CASES = [  # form, init_weights, dtype, dropout, round_bat_weight
     ("balance", True, torch.bfloat16, 0.1, False),
     ("mini", "mini", torch.float32, 0.0, False),
     ("mini", "mini", torch.float64, 0.1, False),
-    ("mini by identities", "mini", torch.bfloat16, 0.0, False),
-    ("mini by identities", "mini", torch.bfloat16, 0.1, False),
+    ("mini", "mini", torch.bfloat16, 0.0, False),
+    ("mini", "mini", torch.bfloat16, 0.1, False),
     ("bat one product", "bat", torch.float32, 0.0, False),
     ("bat one product", "bat", torch.float64, 0.0, False),
     ("bat one product", "bat", torch.bfloat16, 0.0, True),
@@ -134,7 +134,7 @@ def test_bytes_saved_for_few_16_bit_tokens(init_weights: Any) -> None:
     ("form", "init_weights"), [("balance", True), ("mini", "mini"), ("bat one product", "bat"), ("bat factored", "bat")]
 )
 def test_bytes_moved_by_a_linear(form: cost.Form, init_weights: Any, sizes: Any) -> None:
-    if form == "bat factored":
+    if form in ("mini", "bat factored"):  # of many tokens, mini repeats an update of few values: 64 of a token
         sizes = ((3,), *sizes[1:])
     owner, x, numbers = make(sizes, torch.float32)
     with torch.no_grad(), _Records() as base:
@@ -202,7 +202,6 @@ def test_the_floors() -> None:
     ratio = {form: sympy.simplify(1 + added / cost.BASE_STEP) for form, added in cost.STEP.items()}
     assert sympy.simplify(ratio["balance"] - (1 + sympy.Rational(3, 2) * cost.R / cost.IN)) == 0
     assert sympy.limit(ratio["mini"], cost.OUT, sympy.oo) == 1
-    assert sympy.limit(ratio["mini by identities"], cost.OUT, sympy.oo) == 1 + cost.M / cost.IN
     assert sympy.limit(ratio["bat one product"], cost.T, sympy.oo) == sympy.Rational(3, 2)
     assert sympy.limit(ratio["bat two products"], cost.T, sympy.oo) == 2
     assert sympy.limit(ratio["bat beside the base"], cost.T, sympy.oo) == sympy.Rational(5, 2)

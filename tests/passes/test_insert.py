@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from misscompile import bat, cost, dropout, variants
+from misscompile import bat, cost, dropout, products, variants
 from misscompile.errors import UnsupportedModuleError
 from misscompile.plan import Block, Scope
 
@@ -412,8 +412,8 @@ def _watched(owner: nn.Module, b: Block, x: Tensor, scope: Scope) -> tuple[_Watc
 @pytest.mark.parametrize("variant", ["balance", "mini"])
 @pytest.mark.parametrize("opaque", [False, True])
 def test_nothing_of_the_width_of_the_input_is_made(variant: str, r: int, opaque: bool) -> None:
-    """96 tokens, 64 → 16: `x` has 6144 elements, the weight and a repeated block 1024, `y` 1536."""
-    tokens, in_features, out_features = 96, 64, 16
+    """96 tokens, 256 → 128: `x` has 24576 elements, the weight 32768, `y` 12288; mini repeats an update to 64 values."""
+    tokens, in_features, out_features = 96, 256, 128
     owner = nn.Linear(in_features, out_features).to(torch.bfloat16).requires_grad_(False)
     b = block(variant, r)
     shape = variants.block_shape(b.variant, r, 2, in_features, out_features)
@@ -432,7 +432,8 @@ def test_nothing_of_the_width_of_the_input_is_made(variant: str, r: int, opaque:
     largest = max(size for _, _, size in forward.made)
     assert largest == tokens * out_features, forward.made
     wide = [made for made in forward.made if made[1] == torch.float32]
-    assert max((size for *_, size in wide), default=0) == (0 if variant == "balance" and r == 8 else tokens * r), wide
+    widest = products.GROUP if variant == "mini" else 0 if r == 8 else r
+    assert max((size for *_, size in wide), default=0) == tokens * widest, wide
     assert all(size < x.numel() for _, dtype, size in backward.made if dtype == torch.float32), backward.made
 
 
