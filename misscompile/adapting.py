@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
@@ -152,7 +152,7 @@ def make_plan(
 def install_plan(root: nn.Module, plan: Plan) -> None:
     """Carry out a complete plan, all or nothing, and tell what it passed over."""
     scopes = {target.owner: target.scope for target in plan.targets if target.scope is not None}
-    distinct = {(target.scope, target.block): target for target in plan.targets if target.scope is not None}
+    distinct = {target.scope: target for target in plan.targets if target.scope is not None}
     for target in distinct.values():  # build every class before the first change: a rewrite that fails changes nothing
         specialize(target.owner, (target.in_features, target.out_features), (target.block,), (), target.scope)
     with transaction(plan.modules, [*(target.owner for target in plan.targets), *plan.copies]) as parameters:
@@ -199,7 +199,9 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     _check_unmerged(root, "set_adapter")
     _check_copies_apart(root, names)
     with transaction(named_modules(root).values()):
-        _activate(owners(root), tuple(dict.fromkeys(names)))
+        adapted = owners(root)
+        _activate(adapted, tuple(dict.fromkeys(names)))
+        _train_active(adapted.values())
         refresh_graphs(root.modules())
 
 
@@ -284,19 +286,22 @@ def unload(model: M) -> M:
 def _activate(
     adapted: Mapping[str, nn.Module], names: tuple[str, ...], scopes: Mapping[nn.Module, Scope] = MappingProxyType({})
 ) -> None:
-    """Make exactly these adapters act, in this order, and their blocks train (unless loaded for inference).
-
-    `scopes` gives the traced scopes that the caller has.
-    """
+    """Make exactly these adapters act, in this order. `scopes` gives the traced scopes that the caller has."""
     for name, owner in adapted.items():
         state: OwnerState = vars(owner)[STATE]
         state.active = tuple([n for n in names if n in state.adapters])
+        refresh_owner(owner, name, scopes.get(owner))
+
+
+def _train_active(adapted: Iterable[nn.Module]) -> None:
+    """Let what the active adapters registered train, unless they were loaded for inference, and nothing else of it."""
+    for owner in adapted:
+        state: OwnerState = vars(owner)[STATE]
         for adapter in state.adapters.values():
             trains = adapter.name in state.active and adapter.trainable
             for registered in state.registered(adapter.name):
                 tensor = base_tensor(owner, registered)
                 tensor.requires_grad_(trains and registered in owner._parameters and tensor.is_floating_point())
-        refresh_owner(owner, name, scopes.get(owner))
 
 
 def _check_copies_apart(root: nn.Module, names: Sequence[str]) -> None:

@@ -171,10 +171,10 @@ def _structure(owner: nn.Module, state: OwnerState | None, shape: tuple[int, int
     A traced forward reads no plain attribute but its shape (`passes.trace` refuses it otherwise).
     """
     ours = state.all_registered() if state else ()
-    tensors = [*owner._parameters.items(), *owner._buffers.items()]
-    return (
-        state.base_class if state else type(owner),
-        shape,
-        tuple([(name, None if t is None else (t.dtype, t.shape, type(t))) for name, t in tensors if name not in ours]),
-        tuple([(name, type(child)) for name, child in owner._modules.items()]),
-    )
+    key: list[Any] = [state.base_class if state else type(owner), shape]
+    for name, tensor in (owner._parameters | owner._buffers).items():
+        if name not in ours:
+            key.append((name, None) if tensor is None else (name, tensor.dtype, tensor.shape, type(tensor)))
+    for name, child in owner._modules.items():
+        key.append((name, type(child)))
+    return tuple(key)

@@ -220,7 +220,7 @@ def transaction(modules: Collection[nn.Module], touched: Iterable[nn.Module] = (
     changing = dict.fromkeys([*touched, *(module for module in modules if STATE in vars(module))])
     saved = [(m, type(m), vars(m).copy(), m._parameters.copy(), m._buffers.copy(), _copy_state(m)) for m in changing]
     held = unique_parameters(modules)
-    flags = [(parameter, parameter.requires_grad) for parameter in held]
+    flags = [parameter.requires_grad for parameter in held]
     try:
         yield held
     except BaseException:
@@ -234,7 +234,7 @@ def transaction(modules: Collection[nn.Module], touched: Iterable[nn.Module] = (
             module._buffers.update(buffers)
             if state is not None:
                 vars(module)[STATE] = state
-        for parameter, flag in flags:
+        for parameter, flag in zip(held, flags, strict=True):
             parameter.requires_grad = flag
         raise
 

@@ -25,6 +25,8 @@ def create_blocks(
 ) -> None:
     """Fill `plan.parameters`: one new parameter for each target, shared by targets that share their weight.
 
+    They require gradients unless the adapter is loaded for inference.
+
     dtype: float32 where the weight is 16-bit and `autocast_adapter_dtype` is set, or where the weight is no float at
     all; otherwise that of the weight. device: that of the weight. Random starts are drawn on the CPU in float32, in
     model order, so that a seed gives the same blocks on every device (and the same as PEFT).
@@ -42,9 +44,10 @@ def create_blocks(
         if key not in by_weight:
             dtype, device = _dtype_and_device(weight, autocast_adapter_dtype)
             if values is None:
-                by_weight[key] = nn.Parameter(_start(target, plan.adapter.config, dtype, device))
+                value = _start(target, plan.adapter.config, dtype, device)
             else:
-                by_weight[key] = nn.Parameter(values[target.name].to(device=device, dtype=dtype, copy=copy))
+                value = values[target.name].to(device=device, dtype=dtype, copy=copy)
+            by_weight[key] = nn.Parameter(value, plan.adapter.trainable)
         plan.parameters[target.name] = by_weight[key]
 
 
@@ -85,8 +88,8 @@ def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] |
             base = base_tensor(owner, name)
             value = base if values is None else values[owner][name]
             copied = value.detach().to(device=base.device, dtype=base.dtype, copy=copy or value is base)
-            is_parameter = isinstance(base, nn.Parameter)
-            copied = nn.Parameter(copied, requires_grad=copied.is_floating_point()) if is_parameter else copied
+            if isinstance(base, nn.Parameter):
+                copied = nn.Parameter(copied, plan.adapter.trainable and copied.is_floating_point())
             plan.copies.setdefault(owner, {})[name] = copied
 
 

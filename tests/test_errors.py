@@ -948,7 +948,7 @@ class OutOfLuckError(Exception):
 
 STEPS: dict[str, tuple[Any, str]] = {
     "register_parameter": (nn.Module, "register_parameter"),
-    "requires_grad_": (nn.Parameter, "requires_grad_"),
+    "specialize": (pipeline, "specialize"),
     "set_class": (pipeline, "set_class"),
     "zeros": (torch, "zeros"),
 }
@@ -994,6 +994,24 @@ def test_an_error_at_any_owner_leaves_the_model(
         f"{name}.miss_block_second" for name, _ in records(model)
     ]
     assert len(list(records(model))) == 5
+
+
+def test_an_error_while_set_adapter_chooses_what_trains_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mc.adapt(adapted(), ALL, "second")
+    before = snapshot(model, TOKENS)
+    real, calls = nn.Parameter.requires_grad_, itertools.count(1)
+
+    def fail_at_fifth(parameter: nn.Parameter, flag: bool) -> Tensor:
+        if next(calls) == 5:
+            raise OutOfLuckError
+        return real(parameter, flag)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Parameter, "requires_grad_", fail_at_fifth, raising=False)
+        with pytest.raises(OutOfLuckError):
+            mc.set_adapter(model, "first")
+    assert snapshot(model, TOKENS) == before
+    assert mc.active_adapters(model) == ("second",)
 
 
 class Twice(nn.Module):
