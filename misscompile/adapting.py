@@ -152,7 +152,7 @@ def make_plan(
 def install_plan(root: nn.Module, plan: Plan) -> None:
     """Carry out a complete plan, all or nothing, and tell what it passed over."""
     scopes = {target.owner: target.scope for target in plan.targets if target.scope is not None}
-    distinct = {target.scope: target for target in plan.targets if target.scope is not None}
+    distinct = {(target.scope, target.block): target for target in plan.targets if target.scope is not None}
     for target in distinct.values():  # build every class before the first change: a rewrite that fails changes nothing
         specialize(target.owner, (target.in_features, target.out_features), (target.block,), (), target.scope)
     with transaction(plan.modules, [*(target.owner for target in plan.targets), *plan.copies]) as parameters:

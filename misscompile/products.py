@@ -89,11 +89,14 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_wide(y: Tensor) -> bool:
-    """Whether the product for an output takes the precision of its block and is added: it has few tokens.
+    """Whether the product for an output takes the precision of its block, and is added to the output by itself.
 
-    For wider dtypes than 16 bits that is a matter of a few microseconds, and no reason for a second compiled graph.
+    Few tokens: casting a 16-bit copy of the block, or reshaping for `addmm`, costs more than that. A compiler fuses the
+    addition of wider dtypes for any number of tokens, and needs no second graph for few.
     """
-    return _is_few(y) and (y.dtype.itemsize == 2 or not torch.compiler.is_compiling())
+    if y.dtype.itemsize > 2 and torch.compiler.is_compiling():
+        return True
+    return _is_few(y)
 
 
 def _is_few(y: Tensor) -> bool:
