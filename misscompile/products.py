@@ -91,12 +91,10 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _is_wide(y: Tensor) -> bool:
     """Whether the product for an output takes the precision of its block, and is added to the output by itself.
 
-    Few tokens: casting a 16-bit copy of the block, or reshaping for `addmm`, costs more than that. A compiler fuses the
-    addition of wider dtypes for any number of tokens, and needs no second graph for few.
+    Few tokens: casting a 16-bit copy of the block, or reshaping for `addmm`, takes longer than that. The latter are a few
+    microseconds, and no reason for a second compiled graph.
     """
-    if y.dtype.itemsize > 2 and torch.compiler.is_compiling():
-        return True
-    return _is_few(y)
+    return _is_few(y) and (y.dtype.itemsize == 2 or not torch.compiler.is_compiling())
 
 
 def _is_few(y: Tensor) -> bool:

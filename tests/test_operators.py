@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import add, matmul
 from typing import Any
 
 import pytest
@@ -110,7 +109,7 @@ def test_an_output_of_other_strides() -> None:
 def test_equal_dtypes_are_plain_operations() -> None:
     """Nothing has to be prepared, and Inductor may choose and fuse."""
     y, s, d = leaf(MANY, OUT), leaf(MANY, R), leaf(R, OUT)
-    assert graph_targets(variants.add_product, y, s, d, 3) == [matmul, add]
+    assert torch.addmm in graph_targets(variants.add_product, y, s, d, 3)
     assert products.ADD_GROUPS not in graph_targets(variants.add_groups, y, leaf(MANY, 16))
 
 

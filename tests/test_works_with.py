@@ -331,7 +331,7 @@ def test_wrappers_are_adapted_inside(wrap: str) -> None:
     assert mc.adapt(model, mc.MissConfig(r=4, target_modules="all-linear")) is model
     fill_blocks(inner)
     assert max_error(model(x), base) > 1e-3
-    assert torch.equal(model(x), inner(x))
+    torch.testing.assert_close(model(x), inner(x))
     assert mc.unload(model) is model
     assert torch.equal(model(x), base)
 
