@@ -16,7 +16,7 @@ from misscompile.benchmark.settings import Settings, dtype_named
 from misscompile.benchmark.tables import Column, Row, Table, percent, spread_milliseconds, spread_ratio
 
 PRESET = "smollm2-135m"
-PROMPT, DECODED = 16, 4
+PROMPT, DECODED = 16, 3
 
 
 class Decoding:

@@ -24,6 +24,8 @@ def run(settings: Settings) -> list[Table]:
     for mode in settings.modes:
         measured = {}
         for contestant, probe in field.probes.items():
+            if mode == "compiled" and contestant.dropout:
+                continue  # the compiler's own dropout and mask, whoever asks for it
             forward = CompiledForward(probe, backend=SAME_PARTITION) if mode == "compiled" else probe
             step = TrainingStep(probe, forward, field.embedded)
             step.run()
