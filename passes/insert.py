@@ -93,9 +93,9 @@ def training_form(site: Site, block: Block) -> cost.Form:
     dropout the update has another input. Elsewhere one product with `W + ΔW` is as exact as two where W has room for
     small updates: not in 16 bits, unless rounding them away was asked for.
     """
-    exact = site.weight_dtype not in _HALF_PRECISION
     if block.variant != "bat":
         return block.variant
+    exact = site.weight_dtype not in _HALF_PRECISION
     plain = site.layout in ("out_in", "in_out") and site.columns is None and site.weight is not None
     if not plain or block.dropout:
         return "bat beside the base"

@@ -326,12 +326,13 @@ def test_linears_that_share_a_weight_share_their_block() -> None:
 def test_wrappers_are_adapted_inside(wrap: str) -> None:
     inner = TwoLinears()
     model = torch.compile(inner, backend="eager") if wrap == "compile" else nn.DataParallel(inner)
-    x = torch.randn(3, 12)
+    x = torch.randn(70, 12)  # of few tokens, eager mode adds the product in another form than a compiled graph
     base = model(x)
     assert mc.adapt(model, mc.MissConfig(r=4, target_modules="all-linear")) is model
     fill_blocks(inner)
     assert max_error(model(x), base) > 1e-3
-    torch.testing.assert_close(model(x), inner(x))
+    assert torch.equal(model(x), inner(x))
+    torch.testing.assert_close(model(x[:3]), inner(x[:3]))
     assert mc.unload(model) is model
     assert torch.equal(model(x), base)
 
