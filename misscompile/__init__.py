@@ -1,19 +1,5 @@
 """MiSS fine-tuning as a compiler: adapters are rewritten into the graph of a model, not wrapped around its modules."""
 
-from misscompile.adapting import (
-    active_adapters,
-    adapt,
-    adapters,
-    delete_adapter,
-    disable_adapter,
-    print_trainable_parameters,
-    set_adapter,
-    trainable_parameters,
-    unload,
-)
-from misscompile.capture import capture
-from misscompile.checkpoint import hotswap_adapter, load_adapter, save_adapter
-from misscompile.config import MissConfig
 from misscompile.errors import (
     ArgumentError,
     CaptureError,
@@ -28,9 +14,23 @@ from misscompile.errors import (
     UnknownAdapterError,
     UnsupportedModuleError,
 )
-from misscompile.lora import LoraError, save_as_lora
-from misscompile.merging import merge, unmerge
-from misscompile.passes.dump import dump
+from misscompile.hosts.capture import capture
+from misscompile.rules.config import MissConfig
+from misscompile.verbs.adapt import adapt
+from misscompile.verbs.checkpoint import hotswap_adapter, load_adapter, save_adapter
+from misscompile.verbs.dump import dump
+from misscompile.verbs.lora import LoraFidelity, save_as_lora
+from misscompile.verbs.merge import merge, unmerge
+from misscompile.verbs.switch import (
+    active_adapters,
+    adapters,
+    delete_adapter,
+    disable_adapter,
+    print_trainable_parameters,
+    set_adapter,
+    trainable_parameters,
+    unload,
+)
 
 __all__ = [
     "ArgumentError",
@@ -38,7 +38,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "ConfigError",
-    "LoraError",
+    "LoraFidelity",
     "MergeError",
     "MissConfig",
     "MissError",

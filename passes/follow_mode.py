@@ -1,6 +1,6 @@
 """Let one graph compute what a model computes in training and in evaluation mode.
 
-A trace freezes the mode. Two traces of one model that differ in constants alone become one graph that reads the flag:
+A trace freezes the mode. Where two traces of one model differ in constants alone, one graph that reads the flag does for both:
 
     training:    dropout(x, 0.1, True)          flag = get_attr[training]
     evaluation:  dropout(x, 0.1, False)    ->   dropout(x, 0.1, flag)
@@ -14,57 +14,90 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from misscompile.passes.linear_calls import operand
 from torch import fx
+
+from misscompile.record.words import Scope
 
 Constant = bool | int | float | None
 
 _COPY = torch.ops.aten.contiguous.default
 
 
-def follow_mode(training: fx.Graph, evaluation: fx.Graph) -> bool:
-    """Rewrite `training` so that it follows the attribute `training` of its module; whether that was possible.
+def follow_mode(scope: Scope) -> int:
+    """Rewrite `scope.graph`, that of training mode, so that it reads the attribute `training` of its module.
 
-    Args:
-        training: the graph of the model in training mode; rewritten, or left alone when the two differ in more than
-            constants (a batch norm that counts its batches, a branch on the mode).
-        evaluation: the graph in evaluation mode.
+    `scope.follows_mode` says whether that was possible. Where it and `scope.evaluation` differ in more than constants (a
+    batch norm that counts its batches, a branch on the mode), the graph is left alone.
+
+    Returns:
+        The number of calls that read the mode.
     """
+    changes = None if scope.evaluation is None else _changes(scope.graph, scope.evaluation)
+    if changes is None:
+        return 0
+    scope.follows_mode = True
+    if changes:
+        graph = scope.graph
+        graph.owning_module = None  # which would warn of an attribute that is no tensor
+        with graph.inserting_before(next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))):
+            flag = graph.get_attr("training")
+        for node, values, others in changes:
+            with graph.inserting_before(node):
+                arguments = [_choose(graph, flag, a, b) for a, b in zip(values, others, strict=True)]
+            _set_arguments(node, arguments)
+    return len(changes)
+
+
+def _changes(training: fx.Graph, evaluation: fx.Graph) -> list[tuple[fx.Node, list[Any], list[Any]]] | None:
+    """Each node of `training` whose constants differ, with its arguments in both modes; None where more differs."""
     left_nodes, right_nodes = _without_copies(training), _without_copies(evaluation)
     if len(left_nodes) != len(right_nodes):
-        return False
-    pairs = list(zip(left_nodes, right_nodes, strict=True))
-    names = {right: left for left, right in pairs}
+        return None
+    names = dict(zip(right_nodes, left_nodes, strict=True))
     changes: list[tuple[fx.Node, list[Any], list[Any]]] = []
-    for left, right in pairs:
-        if (left.op, str(left.target)) != (right.op, str(right.target)):
-            return False
-        if _has_copy(right) and not _has_copy(left):
-            return False
+    for right, left in names.items():
+        if (left.op, str(left.target)) != (right.op, str(right.target)) or (_has_copy(right) and not _has_copy(left)):
+            return None
         values = _arguments(left)
         others = fx.node.map_arg(_arguments(right), lambda node: names[_source(node)])
         compared = fx.node.map_arg(values, _source)
         if len(values) != len(others):
-            return False
+            return None
         if compared == others or left.op == "call_module":
             continue
         if any(a != b and not _are_constants(a, b) for a, b in zip(compared, others, strict=True)):
-            return False
+            return None
         changes.append((left, values, [b if a != b else v for a, b, v in zip(compared, others, values, strict=True)]))
-    if changes:
-        first = next(node for node in training.nodes if node.op not in ("placeholder", "get_attr"))
-        training.owning_module = None  # which would warn of an attribute that is no tensor
-        with training.inserting_before(first):
-            flag = training.get_attr("training")
-        for node, values, others in changes:
-            with training.inserting_before(node):
-                arguments = [_choose(training, flag, a, b) for a, b in zip(values, others, strict=True)]
-            _set_arguments(node, arguments)
-    return True
+    return changes
 
 
 def by_mode(training: bool, train_value: Constant, eval_value: Constant) -> Constant:
     """The constant of the mode."""
     return train_value if training else eval_value
+
+
+_MODE_FLAGS: tuple[tuple[set[Any], int, str], ...] = (
+    ({torch.ops.aten.dropout.default}, 2, "train"),
+    ({F.dropout, F.alpha_dropout, F.feature_alpha_dropout}, 2, "training"),
+    ({torch.ops.aten.batch_norm.default, F.batch_norm}, 5, "training"),
+    ({torch.ops.aten.scaled_dot_product_attention.default, F.scaled_dot_product_attention}, 4, "dropout_p"),
+)
+"""Calls that compute something else in training: the place of the flag, or of a rate that is zero in evaluation."""
+
+
+def frozen_mode(graph: fx.Graph) -> bool | None:
+    """The mode that is written into the nodes of a graph, or None where nothing in it depends on one."""
+    for node in graph.nodes:
+        for targets, position, keyword in _MODE_FLAGS:
+            if node.target in targets:
+                flag = operand(node, position, keyword)
+                rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+                acts = rate != 0 if keyword != "dropout_p" else bool(flag)
+                if isinstance(flag, bool | float) and acts:
+                    return bool(flag)
+    return None
 
 
 def _without_copies(graph: fx.Graph) -> list[fx.Node]:

@@ -11,7 +11,7 @@ becomes
     output = output[linear]
 
 The Python around the owner (caches, masks, control flow) is never traced. A forward that a trace would freeze or cannot
-follow stays one opaque node, `call_function[call_opaque](self.base_forward, out_features, input, args, kwargs)`.
+follow stays one opaque node, `call_function[call_opaque](self.miss_base_forward, out_features, input, args, kwargs)`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from misscompile.errors import UnsupportedModuleError
-from misscompile.plan import Scope
+from misscompile.record.words import Scope
 
-BASE_FORWARD = "base_forward"
+BASE_FORWARD = "miss_base_forward"
 """Name under which an opaque forward stays callable on its owner."""
+
+Shape = tuple[int, int]
 
 
 class _OwnerTracer(fx.Tracer):
@@ -41,23 +43,31 @@ class _OwnerTracer(fx.Tracer):
         return True
 
 
-def trace_forward(scope: Scope, owner: nn.Module, foreign: Callable[..., Any] | None) -> None:
-    """Fill `scope.graph` with the forward that `scope.base_class` defines, or with one opaque call of it.
+def trace_owner(
+    owner: nn.Module, base_class: type[nn.Module], shape: Shape, foreign: Callable[..., Any] | None = None
+) -> Scope:
+    """The scope of the forward that `base_class` defines, or of one opaque call of it.
 
     Args:
-        scope: its `graph` and `opaque` are set.
-        owner: a module of the scope's structure; it is not changed.
+        owner: a linear module, adapted or not; it is not changed.
+        base_class: its class without adapters.
+        shape: its `(in_features, out_features)`.
         foreign: a forward that somebody else set on the owner's instance and that replaces the class's.
     """
-    reason = "its instance attribute `forward` was set by other code" if foreign is not None else _trace_into(scope, owner)
-    if reason is not None:
-        make_opaque(scope, owner, foreign, reason)
+    if foreign is not None:
+        return opaque_scope(owner, base_class, shape, foreign, "its instance attribute `forward` was set by other code")
+    graph = _trace(base_class, owner)
+    if isinstance(graph, str):
+        return opaque_scope(owner, base_class, shape, None, graph)
+    return Scope(_without_values(owner, shape), graph, base_class.__name__, shape)
 
 
-def make_opaque(scope: Scope, owner: nn.Module, foreign: Callable[..., Any] | None, reason: str) -> None:
-    """Let the forward stay one node: `y = call_opaque(self.base_forward, out_features, x, args, kwargs)`."""
-    scope.opaque = reason
-    scope.graph = _opaque_graph(foreign or functools.partial(scope.base_class.forward, owner), scope.out_features)
+def opaque_scope(
+    owner: nn.Module, base_class: type[nn.Module], shape: Shape, foreign: Callable[..., Any] | None, reason: str
+) -> Scope:
+    """A scope whose forward stays one node: `y = call_opaque(self.miss_base_forward, out_features, x, args, kwargs)`."""
+    graph = _opaque_graph(foreign or functools.partial(base_class.forward, owner), shape[1])
+    return Scope(_without_values(owner, shape), graph, base_class.__name__, shape, reason)
 
 
 def call_opaque(
@@ -115,12 +125,13 @@ def probe_opaque(owner: nn.Module, base_class: type[nn.Module], shape: tuple[int
     return None
 
 
-def _trace_into(scope: Scope, owner: nn.Module) -> str | None:
-    hazard = tracing_hazard(scope.base_class, owner)
+def _trace(base_class: type[nn.Module], owner: nn.Module) -> fx.Graph | str:
+    """The graph of a forward, or why it cannot be traced."""
+    hazard = tracing_hazard(base_class, owner)
     if hazard is not None:
         return hazard
     try:
-        graph = _OwnerTracer().trace(_shadow(scope.base_class, owner, owner._parameters))
+        graph = _OwnerTracer().trace(_shadow(base_class, owner, owner._parameters))
     except Exception as error:  # noqa: BLE001 - a tracer runs arbitrary code: whatever it raises means "cannot be traced"
         return f"its forward cannot be traced ({type(error).__name__})"
     own = (*owner._parameters, *owner._buffers)
@@ -128,8 +139,19 @@ def _trace_into(scope: Scope, owner: nn.Module) -> str | None:
     if constants:
         return "its forward makes a tensor, which a trace would freeze"
     graph.owning_module = None
-    scope.graph = graph
-    return None
+    return graph
+
+
+def _without_values(owner: nn.Module, shape: Shape) -> nn.Module:
+    """The names, shapes and dtypes of what `owner` holds: scopes are shared and cached, and keep no weight alive."""
+    root, in_features, out_features = nn.Module(), *shape
+    for name, tensor in (owner._parameters | owner._buffers).items():
+        if tensor is not None and not nn.parameter.is_lazy(tensor):
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            root.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    if "weight" not in root._parameters and "parametrizations" in owner._modules:
+        root.weight = nn.Parameter(torch.empty(out_features, in_features, device="meta"), requires_grad=False)
+    return root
 
 
 def _shadow(base_class: type[nn.Module], owner: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:

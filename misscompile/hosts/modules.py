@@ -1,0 +1,300 @@
+"""A live module tree: blocks act in the forwards of their owners, and a merge writes the weights in place."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.utils.parametrize as parametrize
+from torch import Tensor, nn
+
+from misscompile.errors import MergeError
+from misscompile.hosts.base import Fold, Host, check_staying, write_copies
+from misscompile.hosts.owner_class import find_foreign_forward, owner_scope, refresh_owner, remove_from_owner
+from misscompile.passes.find_sites import linear_shape, other_readers
+from misscompile.passes.trace import probe_opaque
+from misscompile.passes.weight_reads import WeightRead, find_read_weights
+from misscompile.record.state import STATE, Kept, OwnerState, tensor_version
+from misscompile.record.walk import named_modules, owners
+from misscompile.record.words import Block, Refusal, Site, Target
+from misscompile.variants import VARIANTS
+
+Group = list[tuple[str, nn.Module]]
+"""Owners that share one weight, by name."""
+
+_SHOWN = 5
+
+
+class ModuleHost(Host):
+    in_graph = False
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__(root)
+        self._looked_at: set[nn.Module] = set()
+
+    @functools.cached_property
+    def _read_weights(self) -> dict[nn.Module, WeightRead]:
+        return find_read_weights(self.canonical)
+
+    def names(self) -> list[str]:
+        return [name for name in self.modules if name or linear_shape(self.root) is not None]
+
+    def linear_names(self) -> list[str]:
+        return [name for name, module in self.modules.items() if _is_linear(module)]
+
+    def output_names(self) -> set[str]:
+        return output_embedding_names(self.root)
+
+    def model_type(self) -> str | None:
+        return getattr(getattr(self.root, "config", None), "model_type", None)
+
+    def passed_over(self) -> list[Refusal]:
+        """Modules that hold a stack of weights: fused experts."""
+        found: list[Refusal] = []
+        for module, name in self.canonical.items():
+            if type(module).__module__.startswith("torch.nn."):
+                continue
+            state: OwnerState | None = vars(module).get(STATE)
+            ours = state.all_registered() if state else ()
+            stacks = ((n, p) for n, p in module._parameters.items() if p is not None and p.dim() == 3 and n not in ours)
+            for parameter_name, parameter in stacks:
+                if min(parameter.shape) > 1:
+                    shape = "×".join(map(str, parameter.shape))
+                    reason = f"its {parameter_name} ({shape}) is a stack of fused weights, not a linear"
+                    found.append(Refusal(name, type(module).__name__, reason))
+                    break
+        return found
+
+    def look(self, name: str, block: Block) -> list[Target | Refusal]:
+        owner = self.modules[name]
+        if owner in self._looked_at:
+            return []
+        self._looked_at.add(owner)
+        name, shape = self.canonical[owner], linear_shape(owner)
+        problem = self._problem(name, owner, block, shape)
+        if problem is not None or shape is None:
+            return [Refusal(name, type(owner).__name__, problem or "")]
+        weight = _weight(owner)
+        return [Target(name, owner, *shape, block, weight, id(owner) if weight is None else id(weight))]
+
+    def block_names(self) -> dict[str, str]:
+        return {name: self.canonical[module] for name, module in self.modules.items()}
+
+    def notes(self, targets: Sequence[Target]) -> list[str]:
+        """Paths on which an adapter does not act, and weights that modules outside the plan use too."""
+        partly = [
+            Refusal(t.name, type(t.owner).__name__, self._read_weights[t.owner].reason)
+            for t in targets
+            if t.owner in self._read_weights
+        ]
+        adapted = {target.owner for target in targets}
+        users: dict[int, str] = {}
+        for module, name in self.canonical.items():
+            if module not in adapted:
+                for parameter_name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        users[id(parameter)] = f"{name}.{parameter_name}" if name else parameter_name
+        return [
+            *refusal_notes("adapted, but not on every path:", partly),
+            *(
+                f"{target.name} shares its weight with {user}: the adapter acts on this module alone, and merge will "
+                "refuse until the weight is untied"
+                for target in targets
+                if (user := users.get(id(target.owner._parameters.get("weight")))) is not None
+            ),
+        ]
+
+    def _problem(self, name: str, owner: nn.Module, block: Block, shape: tuple[int, int] | None) -> str | None:
+        """Why an adapter on `owner` could not take effect, or None."""
+        if shape is None:
+            inside = [f"{name}.{child}" for child, module in owner.named_modules() if child and _is_linear(module)]
+            hint = f" (the linears inside: {', '.join(inside[:_SHOWN])})" if inside else ""
+            return f"it is not a linear module{hint}"
+        if owner in self._read_weights and not self._read_weights[owner].called:
+            return self._read_weights[owner].reason
+        if any(nn.parameter.is_lazy(p) for p in owner._parameters.values() if p is not None):
+            return "its shape is not known yet; run the model once on real input first"
+        if getattr(vars(owner).get("_hf_hook"), "offload", False):
+            return "accelerate offloads its weight; adapt the model before dispatching it"
+        if STATE not in vars(owner) and _has_attribute(owner, block.parameter):
+            return f"it already has an attribute {block.parameter!r}"
+        scope = owner_scope(owner)
+        if scope.opaque is None:
+            return None
+        base_class = vars(owner)[STATE].base_class if STATE in vars(owner) else type(owner)
+        problem = None if find_foreign_forward(owner) else probe_opaque(owner, base_class, shape)
+        if problem is None and VARIANTS[block.variant].reads_weight:
+            return f"{scope.opaque}, and {block.variant!r} needs the weight itself (init_weights=True or 'mini' do not)"
+        return problem
+
+    def sites_of(self, owner: str) -> list[Site]:
+        return owner_scope(self.modules[owner]).sites
+
+    def kind_of(self, owner: str) -> str:
+        opaque = " (opaque)" if owner_scope(self.modules[owner]).opaque else ""
+        return type(self.modules[owner]).__name__ + opaque
+
+    def stored_weight(self, owner: str, site: Site) -> Tensor:
+        weight = self.modules[owner].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    # --- merging ---------------------------------------------------------------------------------------------------------
+
+    def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold[Group]]:
+        return [_plan_fold(group, names, keep) for group in _weight_groups(self.root, names)]
+
+    def write_folds(self, folds: Sequence[Fold[Group]], names: Sequence[str], keep: bool) -> None:
+        for fold in folds:
+            with deferred_interrupt():
+                _write_fold(fold, names, keep)
+        for name, owner in owners(self.root).items():
+            state: OwnerState = vars(owner)[STATE]
+            if not state.in_graph and not state.merged and any(n in state.copies for n in names):
+                write_copies(owner, names, keep)
+                finish_owner(owner, names, name, keep)
+
+
+def finish_owner(owner: nn.Module, names: Sequence[str], name: str, keep: bool) -> None:
+    """Say on an owner whose weights hold the merged values that these adapters need not act any more."""
+    state: OwnerState = vars(owner)[STATE]
+    if keep:
+        state.merged = tuple(n for n in names if n in state.adapters)
+        refresh_owner(owner, name)
+    else:
+        remove_from_owner(owner, names, name)
+
+
+def output_embedding_names(root: nn.Module) -> set[str]:
+    """Every name of the module that `get_output_embeddings` gives, where the model has that method."""
+    get_output = getattr(root, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    return {name for name, module in named_modules(root, remove_duplicate=False).items() if module is output}
+
+
+def refusal_notes(what: str, refusals: Sequence[Refusal]) -> list[str]:
+    """One sentence for each reason: a model with many layers should not warn once for each of them."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for refusal in refusals:
+        grouped.setdefault((refusal.kind, refusal.reason), []).append(refusal.name)
+    notes = []
+    for (kind, reason), names in grouped.items():
+        more, verb = (f" and {len(names) - 1} more", "are") if len(names) > 1 else ("", "is")
+        notes.append(f"{names[0]} ({kind}){more} {verb} {what} {reason}")
+    return notes
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return True
+    named_linear = "linear" in type(module).__name__.lower() or "nf" in vars(module)
+    return named_linear and linear_shape(module) is not None
+
+
+def _weight(owner: nn.Module) -> Tensor | None:
+    weight = owner._parameters.get("weight")
+    weight = getattr(owner, "weight", None) if weight is None else weight
+    return weight if isinstance(weight, Tensor) else next(owner.parameters(), None)
+
+
+def _has_attribute(module: nn.Module, name: str) -> bool:
+    """`hasattr`, without the error by which `nn.Module` says no and which takes most of its time."""
+    if type(module).__getattr__ is not nn.Module.__getattr__:
+        return hasattr(module, name)
+    registered = name in module._parameters or name in module._buffers or name in module._modules
+    return registered or name in vars(module) or hasattr(type(module), name)
+
+
+def _weight_groups(root: nn.Module, names: Sequence[str]) -> list[Group]:
+    """The owners that hold blocks of `names`, those that share a weight together."""
+    groups: dict[object, Group] = {}
+    for name, owner in owners(root).items():
+        state: OwnerState = vars(owner)[STATE]
+        if not state.in_graph and any(n in state.blocks for n in names):
+            weight = owner._parameters.get("weight")
+            groups.setdefault(name if weight is None else id(weight), []).append((name, owner))
+    folded = {owner: {n for n in names if n in vars(owner)[STATE].blocks} for group in groups.values() for _, owner in group}
+    for module_name, module in root.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            group = groups.get(id(parameter))
+            if group is not None and folded.get(module) != folded[group[0][1]]:
+                raise MergeError(
+                    f"{group[0][0]} shares its weight with {module_name}.{parameter_name}, which the "
+                    "adapter does not act on: merging would change both. Untie first: give the module a weight of its own "
+                    "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
+                    "`model.config.tie_word_embeddings = False` for an output layer), then merge."
+                )
+    return list(groups.values())
+
+
+def _plan_fold(group: Group, names: Sequence[str], keep: bool) -> Fold[Group]:
+    name, owner = group[0]
+    state: OwnerState = vars(owner)[STATE]
+    scope = owner_scope(owner)
+    path = scope.sites[0].path
+    if path is None:
+        raise MergeError(f"{name}: {scope.opaque}, so that its update cannot be shown to be one of its weight.")
+    if other_readers(scope, {"weight"}) or any(site.path != path for site in scope.sites):
+        raise MergeError(
+            f"{name}: its forward uses its weight beside the linear call, and merging would change that use too."
+        )
+    if parametrize.is_parametrized(owner, "weight") and keep:
+        raise MergeError(
+            f"{name}: its weight is parametrized, and a merge into it cannot be undone; merge without keep_adapters."
+        )
+    check_staying(name, state, names)
+    weight = owner.weight
+    assert isinstance(weight, Tensor)
+    blocks = [state.blocks[n] for n in names if n in state.blocks]
+    return Fold(name, weight, [(path.steps, [(block, owner.get_parameter(block.parameter)) for block in blocks])], group)
+
+
+@torch.no_grad()
+def _write_fold(fold: Fold[Group], names: Sequence[str], keep: bool) -> None:
+    first = fold.where[0][1]
+    merged = fold.merged() if parametrize.is_parametrized(first, "weight") else None
+    kept = fold.weight.detach().clone() if keep else None
+    if merged is None:
+        fold.write(fold.weight.detach())
+        if kept is not None:
+            vars(first)[STATE].kept["weight"] = Kept(kept, tensor_version(fold.weight))
+    for name, owner in fold.where:
+        write_copies(owner, names, keep)
+        finish_owner(owner, names, name, keep)
+    if merged is not None:
+        _replace_weight(first, merged)
+
+
+def _replace_weight(owner: nn.Module, merged: Tensor) -> None:
+    """Let a parametrized weight become a plain one."""
+    shared = type(owner)  # with every deepcopy of the owner, and the removal edits the class
+    members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+    owner.__class__ = type(shared.__name__, shared.__bases__, members)
+    parametrize.remove_parametrizations(owner, "weight", leave_parametrized=True)
+    owner.weight = nn.Parameter(merged, requires_grad=False)  # a frozen one would be left as a plain tensor
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Let Ctrl-C wait until the body is done: a weight that was half merged would belong to no adapter.
+
+    Python raises `KeyboardInterrupt` in the main thread only. Its handler is set aside rather than the signal masked,
+    since a thread of torch's pool would still receive it.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    received: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(*received[0])

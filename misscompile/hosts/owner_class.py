@@ -1,0 +1,294 @@
+"""The class of an adapted owner: generated from its rewritten graph, and derived from its record.
+
+    type(q_proj) is nn.Linear   ->   type(q_proj) is a cached subclass of nn.Linear whose forward is the generated code
+
+FSDP2 and `torch.nn.utils.parametrize` do the same. Owners of equal structure share a scope and a class, hence also one
+compiled graph. Whenever a record changes (switch, disable, merge, copy, unpickle), the class is derived from it again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import linecache
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from misscompile.errors import StateError
+from misscompile.passes.find_sites import find_sites, linear_shape
+from misscompile.passes.runner import ADAPT, run_passes
+from misscompile.passes.trace import BASE_FORWARD, opaque_scope, trace_owner
+from misscompile.record.state import STATE, OwnerState, swap_kept
+from misscompile.record.words import Block, Scope
+
+Copies = tuple[tuple[str, str], ...]
+"""`(tensor, its registered copy)` for everything that the active adapters train in full on one module."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Specialised:
+    """Where the forward of a generated class comes from."""
+
+    base: Scope
+    blocks: tuple[Block, ...]
+    code: str
+
+
+REWRITE = "_miss_rewrite"
+"""Name of the class attribute that holds the `Specialised`, or None where the forward is that of the base class."""
+
+_scopes: dict[Any, Scope] = {}
+_classes: dict[Any, type[AdaptedOwner]] = {}
+_serial = itertools.count()
+_namespace: dict[str, Any] = {}
+
+
+class AdaptedOwner(nn.Module):
+    """What an adapted module can do beside its own class's behaviour. Always the first base of a generated class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        constructor, arguments, state, *rest = tuple(super().__reduce_ex__(protocol))
+        if arguments and arguments[0] is type(self):
+            arguments = (getattr(self, STATE).base_class, *arguments[1:])
+        return (_reconstruct, (constructor, arguments), state, *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        record: OwnerState = getattr(self, STATE)
+        self.__class__ = record.base_class  # type: ignore[assignment]
+        if record.disabled:  # copied inside disable_adapter: the context will not come back for the copy
+            record.disabled = 0
+            swap_kept(self)
+        refresh_owner(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for kept in getattr(self, STATE).kept.values():
+            if isinstance(kept.value, nn.Parameter):
+                kept.value.data = fn(kept.value.data)
+            elif kept.value is not None:
+                kept.value = fn(kept.value)
+        return result
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing_keys: list[str] = args[2]
+        ours = {prefix + name for name in getattr(self, STATE).all_registered()}
+        missing_keys[:] = [key for key in missing_keys if key not in ours]  # a base checkpoint has no adapters
+
+    def extra_repr(self) -> str:
+        state: OwnerState = getattr(self, STATE)
+        parts = [f"{b.adapter}: {b.variant} r={b.r}" for b in state.blocks.values()]
+        blocks = ", ".join(parts + [f"{name}: {', '.join(tensors)}" for name, tensors in state.copies.items()])
+        off = " (merged)" if state.merged else " (disabled)" if state.disabled else ""
+        return ", ".join(part for part in (super().extra_repr(), f"miss=[{blocks}]{off}") if part)
+
+
+class _Unpickled(AdaptedOwner):
+    """Stands in for the class of an adapted module until its state is back."""
+
+
+def _reconstruct(constructor: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+    module = constructor(*arguments)
+    base = type(module)
+    module.__class__ = type(base.__name__, (_Unpickled, base), {"__module__": base.__module__})
+    return module
+
+
+def owner_scope(owner: nn.Module) -> Scope:
+    """The scope of a linear as its base class defines it, with its sites found; owners of equal structure share it.
+
+    Args:
+        owner: a linear module, adapted or not; it is not changed.
+    """
+    state: OwnerState | None = vars(owner).get(STATE)
+    shape = state.shape if state and state.shape else linear_shape(owner)
+    assert shape is not None
+    base_class = state.base_class if state else type(owner)
+    foreign = state.foreign_forward if state else find_foreign_forward(owner)
+    key = _structure(owner, state, base_class, shape) if foreign is None else None
+    scope = _scopes.get(key)
+    if scope is None:
+        scope = trace_owner(owner, base_class, shape, foreign)
+        if not find_sites(scope):
+            reason = "its forward does not call its own weight as a linear"
+            scope = opaque_scope(owner, base_class, shape, foreign, reason)
+            find_sites(scope)
+        if key is not None:
+            _scopes[key] = scope
+    return scope
+
+
+def refresh_owner(owner: nn.Module, name: str = "the module") -> None:
+    """Derive the class of an owner from its record again, after either changed."""
+    state: OwnerState = vars(owner)[STATE]
+    check_class(owner, name)
+    blocks = () if state.in_graph else state.effective_blocks()
+    copies = state.effective_copies()
+    scope = owner_scope(owner) if blocks else None
+    key = (state.base_class, scope, blocks, copies)
+    new_class = _classes.get(key)
+    if new_class is None:
+        new_class = _make_class(state.base_class, scope, blocks, copies)
+        if state.foreign_forward is None:  # a forward that somebody set on an instance is not shared
+            _classes[key] = new_class
+    _set_class(owner, new_class, state.foreign_forward, inserted=bool(blocks))
+
+
+def restore_owner(owner: nn.Module, name: str = "the module") -> None:
+    """Remove every trace of adapters from an owner: parameters, record, class, forward."""
+    state: OwnerState = vars(owner)[STATE]
+    check_class(owner, name)
+    for registered in state.all_registered():
+        delattr(owner, registered)
+    _set_class(owner, state.base_class, state.foreign_forward, inserted=False)
+    del vars(owner)[STATE]
+
+
+def remove_from_owner(owner: nn.Module, adapter_names: Sequence[str], name: str = "the module") -> None:
+    """Take what some adapters registered off an owner; with nothing left it is plain again."""
+    state: OwnerState = vars(owner)[STATE]
+    if not set(state.adapters) - set(adapter_names):
+        restore_owner(owner, name)
+        return
+    state.active = tuple(n for n in state.active if n not in adapter_names)
+    refresh_owner(owner, name)
+    for adapter in adapter_names:
+        for registered in state.registered(adapter):
+            delattr(owner, registered)
+        for record in (state.adapters, state.blocks, state.copies):
+            record.pop(adapter, None)
+
+
+def check_classes(adapted: Mapping[str, nn.Module]) -> None:
+    """Refuse, before anything is changed, a model of which an owner was given another class after adapting."""
+    for name, owner in adapted.items():
+        check_class(owner, name)
+
+
+def check_class(owner: nn.Module, name: str) -> None:
+    """Refuse an adapted owner whose class somebody changed after adapting (FSDP2, parametrize)."""
+    if type(owner) is not vars(owner)[STATE].base_class and REWRITE not in vars(type(owner)):
+        raise StateError(
+            f"{name}: its class became {type(owner).__qualname__} after it was adapted; undo that first "
+            "(or apply it to the module that contains it), then call this again."
+        )
+
+
+def find_foreign_forward(owner: nn.Module) -> Any:
+    """A forward on the instance that is not the one its class defines, or None."""
+    held = vars(owner).get(_forward_slot(owner))
+    if isinstance(held, types.MethodType) and held.__self__ is owner and held.__func__ is type(owner).forward:
+        return None
+    return held
+
+
+def readable_code(graph: fx.Graph) -> str:
+    """Generated source without the lines that only tell torch.fx which functions are leaves."""
+    source = graph.python_code(root_module="self").src
+    return "\n".join(line for line in source.splitlines() if not line.startswith("torch.fx._symbolic_trace.wrap")).strip()
+
+
+def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block, ...], copies: Copies) -> type[AdaptedOwner]:
+    """A subclass of `base` for an adapted module.
+
+    Args:
+        base: the class of the module without adapters.
+        scope: that of the module, where blocks act.
+        blocks: those that act.
+        copies: the attribute `tensor` of the class gives the registered `copy`, as `torch.nn.utils.parametrize` does it,
+            so that every code that reads it gets what the adapter trained.
+    """
+    members: dict[str, Any] = {REWRITE: None, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    if scope is not None:
+        graph = copy.deepcopy(scope.graph)
+        rewritten = Scope(scope.root, graph, scope.label, scope.shape, scope.opaque)
+        find_sites(rewritten)
+        for site in rewritten.sites:
+            site.blocks = blocks
+        run_passes(ADAPT, rewritten)
+        forward = _compile_forward(graph, base.__name__)
+        rewrite = Specialised(scope, blocks, readable_code(graph))
+        members |= {"forward": forward, BASE_FORWARD: base.forward, REWRITE: rewrite}
+    members |= {tensor: _alias(copied) for tensor, copied in copies}
+    return type(base.__name__, (AdaptedOwner, base), members)
+
+
+def _compile_forward(graph: fx.Graph, name: str) -> Any:
+    """`forward(self, …)` of a graph, visible to tracebacks and debuggers."""
+    python = graph.python_code(root_module="self")
+    filename = f"<misscompile {name} {next(_serial)}>"
+    linecache.cache[filename] = (len(python.src), None, python.src.splitlines(keepends=True), filename)
+    namespace = _namespace_with(python.globals)
+    exec(compile(python.src, filename, "exec"), namespace)  # noqa: S102 - torch.fx wrote this source
+    return namespace.pop("forward")
+
+
+def _namespace_with(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The globals for a generated forward: one dict for all, since Dynamo guards what each of them reads.
+
+    Two graphs may call different functions by one name; then the later one has globals of its own.
+    """
+    if any(_namespace.get(name, value) is not value for name, value in names.items()):
+        return dict(names)
+    _namespace.update(names)
+    return _namespace
+
+
+def _alias(copied: str) -> property:
+    def read(self: nn.Module) -> Any:  # a function, since Dynamo does not follow operator.attrgetter
+        return getattr(self, copied)
+
+    return property(read)
+
+
+def _set_class(owner: nn.Module, new_class: type[nn.Module], foreign: Any, inserted: bool) -> None:
+    """Give `owner` a class, and make whatever holds its old forward hold the new one.
+
+    Args:
+        owner: the module.
+        new_class: its base class, or a generated one.
+        foreign: the forward that somebody else had set on the instance, or None.
+        inserted: whether `new_class` carries a generated forward (then `foreign` becomes its opaque base node).
+
+    accelerate's hooks keep the forward they wrap as a bound method in `_old_forward`.
+    """
+    members = vars(owner)
+    old_class = type(owner)
+    slot = _forward_slot(owner)
+    held = members.get(slot)
+    ours = isinstance(held, types.MethodType) and held.__func__ in (vars(old_class).get("forward"), old_class.forward)
+    object.__setattr__(owner, "__class__", new_class)  # that of nn.Module would look for a tensor in it first
+    if foreign is not None:
+        members.pop(BASE_FORWARD, None)
+        if inserted:
+            members[BASE_FORWARD] = foreign
+            members[slot] = types.MethodType(new_class.forward, owner)
+        else:
+            members[slot] = foreign
+    elif ours:
+        members[slot] = types.MethodType(new_class.forward, owner)
+
+
+def _forward_slot(owner: nn.Module) -> str:
+    """The instance attribute that holds the innermost forward: below accelerate's hook where there is one."""
+    return "_old_forward" if "_hf_hook" in vars(owner) and "_old_forward" in vars(owner) else "forward"
+
+
+def _structure(owner: nn.Module, state: OwnerState | None, base_class: type[nn.Module], shape: tuple[int, int]) -> Any:
+    """What a trace of the owner's base forward can depend on; equal keys mean equal graphs.
+
+    A traced forward reads no plain attribute but its shape (`passes.trace` refuses it otherwise).
+    """
+    ours = state.all_registered() if state else ()
+    key: list[Any] = [base_class, shape]
+    for name, tensor in (owner._parameters | owner._buffers).items():
+        if name not in ours:
+            key.append((name, None) if tensor is None else (name, tensor.shape, type(tensor)))
+    for name, child in owner._modules.items():
+        key.append((name, type(child)))
+    return tuple(key)

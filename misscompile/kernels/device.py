@@ -1,0 +1,81 @@
+"""Which form of an operation is taken where: every test of a device, every threshold, and what each was measured on.
+
+The thresholds were measured on CPUs and hold there alone. Elsewhere an operation takes its plain form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+MANY_TOKENS = 64
+"""From here on a product over 16-bit tokens is worth a preparation of its own."""
+
+VECTOR = 64
+"""Bytes in a vector register."""
+
+GROUP = 64
+"""Values that mini adds at a time where `m` values fill no vector register (best of 32, 64, 128)."""
+
+CACHED = 1 << 20
+"""Elements that a merge widens, sums and rounds at a time, 4 MiB in float32 (best of 2^17 to 2^24)."""
+
+
+def has_few_tokens(x: Tensor) -> bool:
+    """Whether `x (…, features)` has so few tokens that each call costs more than its arithmetic.
+
+    Never in an exported graph, which is for any number of tokens.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_exporting() and x.numel() < MANY_TOKENS * x.shape[-1]
+
+
+def takes_operators(x: Tensor) -> bool:
+    """Whether operators of this library may stand in the graph that `torch.compile` is making.
+
+    Each kernel that Inductor generates for a CPU is a run of the C++ compiler; on a GPU it fuses more. An exported graph
+    has to run without the library, and a tensor subclass (`DTensor`) or a transform of `torch.func` knows no operator of ours.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(x) is Tensor and x.device.type == "cpu"
+
+
+def fills_vector(dtype: torch.dtype, m: int) -> bool:
+    """Whether `m` values fill a vector register."""
+    return m * dtype.itemsize >= VECTOR
+
+
+def group_width(y: Tensor, m: int) -> int:
+    """How many outputs mini's update of `m` values is added to at a time: a multiple of `m` that divides the outputs.
+
+    An innermost loop of a few values takes up to ten times as long, so the update is repeated until it fills one. Few
+    tokens do not pay for the repetition, a compiler makes one loop of both, and a single value is not read in a loop.
+    """
+    outputs = y.shape[-1]
+    if torch.compiler.is_compiling() or not y.is_cpu or has_few_tokens(y) or m == 1 or fills_vector(y.dtype, m):
+        return m
+    return next((width for width in range(m, outputs, m) if width >= GROUP and outputs % width == 0), outputs)
+
+
+def is_transformed() -> bool:
+    """Whether a `torch.func` transform, or eager forward-mode differentiation, runs: plain operations are what composes."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def can_redraw(x: Tensor) -> bool:
+    """Whether the state from which a dropout mask of `x` is drawn can be read and set again."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_contiguous() or x.numel() == 0:
+        return False
+    if is_transformed():
+        return False
+    if x.device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing()
+    return x.device.type == "cpu"
+
+
+def fold_parts(weight: Tensor) -> int:
+    """Into how many parts a merge cuts `weight (out, in)`, each of which stays in the cache."""
+    return max(-(-weight.numel() // CACHED), 1) if weight.is_cpu else 1

@@ -1,0 +1,105 @@
+"""What every variant answers: shape, start, ΔW, bound and costs."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Form = Literal["one product", "two products", "beside the base"]
+"""How a call takes an update that depends on the weight: in the base's own product, in a second one, or apart from it."""
+
+
+class Variant(abc.ABC):
+    """One way of making `ΔW (out, in)` from a block."""
+
+    reads_weight = False
+    """Whether ΔW is a function of the base weight too, so that a site has to give its weight."""
+
+    @abc.abstractmethod
+    def block_shape(self, r: int, mini_r: int, in_features: int, out_features: int) -> tuple[int, ...]:
+        """Shape of the block of one linear."""
+
+    def shape_problem(self, r: int, mini_r: int, in_features: int, out_features: int) -> tuple[str, str] | None:
+        """`(field, sentence)`: which field does not fit a linear of this shape, why, and what would; None where all fit."""
+        if r > in_features:
+            return "r", f"r={r} is more than its {in_features} input features; r of 1 to {in_features} would do"
+        return None
+
+    def init_block(self, block: Tensor, random_start: bool) -> None:
+        """Write the start values in place: zeros, so that the update is zero, or Kaiming-uniform with `a = sqrt(5)`."""
+        if random_start:
+            torch.nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+        else:
+            torch.nn.init.zeros_(block)
+
+    def delta_weight(self, block: Tensor, weight: Tensor) -> Tensor:
+        """`ΔW (out, in)` in the dtype of `weight (out, in)`, which should be float32 or wider."""
+        return self.add_delta_(torch.zeros_like(weight), weight, block.to(weight.dtype))
+
+    @abc.abstractmethod
+    def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+        """Add ΔW of `weight (rows, in)` in place to `merged (rows, in)` and return it; all of one floating dtype.
+
+        `block` is that of these rows: `rows_of`.
+        """
+
+    @abc.abstractmethod
+    def rows_of(self, block: Tensor, start: int, stop: int) -> Tensor:
+        """The block of the rows `start` to `stop` of `W`, multiples of `row_step`, as a view."""
+
+    def row_step(self, block: Tensor) -> int:
+        """In multiples of how many rows `rows_of` cuts."""
+        return 1
+
+    @abc.abstractmethod
+    def bound(self, r: int, block_magnitude: float, weight_magnitude: float) -> float:
+        """What no `|ΔW[o, i]|` exceeds, from the largest magnitudes in the block and in `W`."""
+
+    @abc.abstractmethod
+    def forward_flops(self, tokens: int, in_features: int, out_features: int, r: int, mini_r: int, form: Form) -> int:
+        """What a forward adds to the base's: two for each multiply-add of a product, as `torch.utils.flop_counter` counts.
+
+        The numbers may be sympy symbols. `form` matters to variants that read the weight.
+        """
+
+    @abc.abstractmethod
+    def step_flops(self, tokens: int, in_features: int, out_features: int, r: int, mini_r: int, form: Form) -> int:
+        """The same of a training step with the base frozen: forward, input gradient and block gradient."""
+
+
+class SummedVariant(Variant):
+    """ΔW repeats along a row with period `r`, so that its product is one with the shard sum: `s[…, j] = Σ_k x[…, k r + j]`.
+
+    The block is `D (r, c)`, where `c` divides `out`: as operations, `s D` is added to each group of `c` outputs.
+    """
+
+    def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+        rows, r = self._columns(block, merged.shape[0]).t().contiguous(), len(block)
+        n, rest = divmod(merged.shape[1], r)
+        torch.unflatten(merged[:, : n * r], -1, (n, r)).add_(rows.unsqueeze(1))
+        if rest:
+            merged[:, n * r :].add_(rows[:, :rest])
+        return merged
+
+    def bound(self, r: int, block_magnitude: float, weight_magnitude: float) -> float:
+        return block_magnitude
+
+    def forward_flops(self, tokens: int, in_features: int, out_features: int, r: int, mini_r: int, form: Form) -> int:
+        return 2 * tokens * r * self.block_shape(r, mini_r, in_features, out_features)[1]
+
+    def step_flops(self, tokens: int, in_features: int, out_features: int, r: int, mini_r: int, form: Form) -> int:
+        return 3 * self.forward_flops(tokens, in_features, out_features, r, mini_r, form)
+
+    def lora_factors(self, block: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+        """`A (r, in)` and `B (out, r)` with `B A = ΔW`, exactly: `A[j, i] = [i ≡ j mod r]`, `B` is `D` transposed."""
+        r = len(block)
+        down = (torch.arange(in_features) % r == torch.arange(r).unsqueeze(1)).to(block.dtype)
+        return down, self._columns(block, out_features).t()
+
+    def _columns(self, block: Tensor, out_features: int) -> Tensor:
+        """`(r, out)`."""
+        return block.repeat(1, out_features // block.shape[1])

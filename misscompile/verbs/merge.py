@@ -1,0 +1,140 @@
+"""`merge` and `unmerge`: adapters folded into the weights, for export or on trial."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+from misscompile.errors import MergeError, MissWarning, StateError
+from misscompile.hosts.base import check_copies_unshared
+from misscompile.hosts.opening import (
+    check_graphs_whole,
+    forget_kept,
+    hosts_in,
+    open_adapted,
+    refresh,
+    refresh_graphs,
+    swap_merged,
+)
+from misscompile.hosts.owner_class import check_classes, restore_owner
+from misscompile.hosts.recover import holds_exported_adapters
+from misscompile.hosts.whole_graph import WholeGraph
+from misscompile.record.state import STATE, is_current
+from misscompile.record.walk import (
+    adapters_of,
+    check_enabled,
+    owner_states,
+    owners,
+    require_adapters,
+    unwrap_model,
+)
+from misscompile.verbs.switch import active_adapters, check_copies_apart
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@overload
+def merge(
+    model: torch.export.ExportedProgram, adapter_names: str | Sequence[str] | None = None, keep_adapters: bool = False
+) -> WholeGraph: ...
+
+
+@overload
+def merge(model: M, adapter_names: str | Sequence[str] | None = None, keep_adapters: bool = False) -> M: ...
+
+
+def merge(model: Any, adapter_names: str | Sequence[str] | None = None, keep_adapters: bool = False) -> Any:
+    """Fold adapters into the weights in place, summed in float32 or wider and rounded once to the dtype of the weight.
+
+    Args:
+        model: an adapted model; or an exported program, or its module, that was exported from an adapted graph.
+        adapter_names: the adapters to fold, one name or several, which are then removed while all others stay. By default
+            the active ones are folded, every adapter is removed, and the modules are plain again.
+        keep_adapters: keep the blocks, and a copy of each base weight, so that `unmerge` brings every bit back.
+
+    Returns:
+        `model`, the same object; of a foreign graph a new `GraphModule`. A parametrized weight becomes a plain one. The
+        weights of a graph are new parameters: the values that it shares with another model are not written.
+
+    Raises:
+        MergeError: a result is not finite although the weight was, or a weight cannot be folded because its module's
+            forward is opaque, it is on the meta device or offloaded, or a module or a call that is not adapted shares it.
+            Nothing is changed then.
+        StateError: the model has no adapter, is merged already, or is inside `disable_adapter`; or two of the adapters
+            train one tensor in full.
+        UnknownAdapterError: a name is not on the model.
+
+    If it is interrupted, each module is either merged and plain or still adapted: the model computes the same.
+    """
+    exported = holds_exported_adapters(model)
+    root = open_adapted(model, "merge")
+    names = _names_to_merge(root, adapter_names)
+    check_classes(owners(root))
+    check_graphs_whole(root, owners(root), "merge")
+    check_copies_unshared(root, names)
+    hosts = hosts_in(root)
+    folds = [host.plan_folds(names, keep_adapters) for host in hosts]
+    for fold in [fold for planned in folds for fold in planned]:
+        fold.check()  # every result is known to be as finite as its weight before the first weight changes
+    for host, planned in zip(hosts, folds, strict=True):
+        host.write_folds(planned, names, keep_adapters)
+    if adapter_names is None and not keep_adapters:
+        left = [name for name in adapters_of(root) if name not in names]
+        for name, owner in owners(root).items():
+            restore_owner(owner, name)
+        if left:
+            warnings.warn(f"merge removed the inactive adapters {left} without folding them.", MissWarning, stacklevel=2)
+    refresh_graphs(root)
+    return root if exported else model
+
+
+def unmerge(model: M) -> M:
+    """Undo `merge(model, keep_adapters=True)`: the base weights return bit for bit and the adapters act again.
+
+    Returns:
+        `model`, the same object.
+
+    Raises:
+        StateError: nothing is merged, or the model is inside `disable_adapter`.
+        MergeError: a weight was changed since it was merged, so that its base is no longer the kept one.
+    """
+    root = unwrap_model(model)
+    check_enabled(owner_states(root), "unmerge")
+    adapted = owners(root)
+    if not any(vars(owner)[STATE].merged for owner in adapted.values()):
+        raise StateError("nothing is merged: unmerge undoes merge(model, keep_adapters=True).")
+    check_graphs_whole(root, adapted, "unmerge")
+    for name, owner in adapted.items():
+        for tensor, kept in vars(owner)[STATE].kept.items():
+            if not is_current(kept, owner, tensor):
+                raise MergeError(
+                    f"{name}: its {tensor} was changed after it was merged, so unmerge would throw that change away. "
+                    "Load the merged values again, then call unmerge; or load the base weights after unload(model)."
+                )
+    swap_merged(root, adapted)
+    forget_kept(root)
+    for name, owner in adapted.items():
+        if not vars(owner)[STATE].adapters:  # it held a weight of a graph, and no block
+            restore_owner(owner, name)
+    refresh(root, {name: owner for name, owner in adapted.items() if STATE in vars(owner)})
+    return model
+
+
+def _names_to_merge(root: nn.Module, adapter_names: object) -> tuple[str, ...]:
+    states = owner_states(root)
+    if not states:
+        raise StateError("the model has no adapter: there is nothing to merge.")
+    check_enabled(states, "merge")
+    merged = {name: state.merged for name, state in states.items() if state.merged}
+    if merged:
+        name, adapters = next(iter(merged.items()))
+        raise StateError(f"{name} holds the merged adapter {adapters[0]!r} already: call unmerge(model) first.")
+    names = active_adapters(root) if adapter_names is None else require_adapters(root, adapter_names)
+    if not names:
+        raise StateError("no adapter is active: name the adapters to merge.")
+    check_copies_apart(states, names)
+    return names

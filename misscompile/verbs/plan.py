@@ -1,0 +1,171 @@
+"""From a host and a config to a complete, checked `Plan`. Nothing here changes the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import fx, nn
+
+from misscompile.errors import ArgumentError, ConfigError, NoMatchError, StateError, UnsupportedModuleError
+from misscompile.hosts.base import Host
+from misscompile.hosts.modules import refusal_notes
+from misscompile.record.state import STATE, OwnerState
+from misscompile.record.walk import check_enabled, check_unmerged, owner_states
+from misscompile.record.words import Adapter, Block, Plan, Refusal, Target
+from misscompile.rules.config import MissConfig
+from misscompile.rules.model_types import TARGETS_BY_MODEL_TYPE
+from misscompile.rules.names import select_names
+from misscompile.variants import VARIANTS
+
+_CLASSIFIER_NAMES = ("score", "classifier")
+_TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that a task trains in full without being told, as PEFT's model classes do."""
+_SHOWN = 5
+
+
+def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weight: bool = False) -> Plan:
+    """Choose the sites of a model, look at each, and say what will be registered where.
+
+    Raises:
+        ConfigError, NoMatchError, UnsupportedModuleError, StateError, ArgumentError: see `misscompile.adapt`.
+    """
+    check_adapter_name(adapter_name, owner_states(host.root))
+    names = host.names()
+    config = _with_task_heads(config, host.modules)
+    implicit = config.selects_all_linear  # found by a rule, not named: what cannot be adapted is passed over and told
+    refusals = host.passed_over() if implicit else []
+    outputs = _outputs(host.output_names(), config, names)
+    linears = host.linear_names()
+    if implicit and not linears:
+        _check_refusals(refusals, [], implicit)
+    selection = select_names(config, names, _targets(host, config, linears), {n for n in linears if n not in outputs})
+    rounds = round_bat_weight and VARIANTS[config.variant].reads_weight
+    block = Block(adapter_name, config.variant, config.r, config.mini_r, float(config.miss_dropout), rounds)
+    looked = [found for name in selection.chosen for found in host.look(name, block)]
+    targets = [found for found in looked if isinstance(found, Target)]
+    refusals = [*refusals, *(found for found in looked if isinstance(found, Refusal))]
+    _check_refusals(refusals, targets, implicit)
+    _check_shapes(targets, config)
+    saved = [host.modules[name] for name in selection.saved if name in host.modules]
+    copied = _trained_in_full(host, config, saved, targets)
+    notes = [*selection.notes, *refusal_notes("not adapted:", refusals), *host.notes(targets)]
+    return Plan(Adapter(adapter_name, config, refusals=tuple(refusals)), host.canonical, targets, notes, copied)
+
+
+def check_adapter_name(name: object, states: Mapping[str, OwnerState]) -> None:
+    """Refuse a name that cannot be a new adapter of a model with these records, and a model that cannot take one now.
+
+    Raises:
+        ArgumentError, ConfigError: it is not a string, or holds other characters than a parameter name does.
+        StateError: it is in use, or the model is merged or inside `disable_adapter`.
+    """
+    if not isinstance(name, str):
+        raise ArgumentError(f"adapter_name: expected a string, found {type(name).__name__}.")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ConfigError(
+            f"adapter_name={name!r}: a name becomes part of a parameter name, so it holds letters, digits, _ and - only (no "
+            f"dot); {re.sub(r'[^-A-Za-z0-9_]+', '_', name) or 'default'!r} would do."
+        )
+    check_enabled(states, "adapt")
+    for owner_name, state in states.items():
+        if name in state.adapters:
+            raise StateError(
+                f"adapter_name={name!r} is in use ({owner_name or '(root)'}): choose another name, or remove that adapter "
+                f"first with delete_adapter(model, {name!r})."
+            )
+    check_unmerged(states, "adapt")
+
+
+def _targets(host: Host, config: MissConfig, linears: Sequence[str]) -> Collection[str] | str:
+    """`target_modules`, or the names that the model-type table gives in place of None."""
+    if config.target_modules is not None:
+        return config.target_modules
+    model_type = host.model_type()
+    if model_type not in TARGETS_BY_MODEL_TYPE:
+        suffixes = dict.fromkeys(name.rsplit(".", 1)[-1] for name in linears)
+        known = difflib.get_close_matches(str(model_type), list(TARGETS_BY_MODEL_TYPE), n=2)
+        raise ConfigError(
+            f"target_modules=None: there is no default for model_type={model_type!r}"
+            f"{f' (close: {known})' if known else ''}. Set target_modules to 'all-linear' or to some of the linear "
+            f"names of this model: {', '.join(suffixes) or 'none found'}."
+        )
+    return TARGETS_BY_MODEL_TYPE[model_type]
+
+
+def _outputs(embedding: set[str], config: MissConfig, names: Sequence[str]) -> set[str]:
+    """What "all-linear" leaves out: the output embedding, or the head of a sequence classifier with all it holds."""
+    if embedding or config.task_type != "SEQ_CLS":
+        return embedding
+    head = next((name for name in _CLASSIFIER_NAMES if name in names), None)
+    return set() if head is None else {name for name in names if name == head or name.startswith(f"{head}.")}
+
+
+def _with_task_heads(config: MissConfig, names: Collection[str]) -> MissConfig:
+    """`config` with the head of its task among the modules to save."""
+    saved = list(config.modules_to_save or ())
+    for head in _TASK_HEADS.get(config.task_type or "", ()):
+        if head not in saved and any(name.endswith(head) for name in names):
+            saved.append(head)
+    return dataclasses.replace(config, modules_to_save=saved or None)
+
+
+def _trained_in_full(
+    host: Host, config: MissConfig, saved: Sequence[nn.Module], targets: Sequence[Target]
+) -> dict[nn.Module, tuple[str, ...]]:
+    """The tensors of each module that the adapter trains beside its blocks."""
+    found: dict[nn.Module, dict[str, None]] = {}
+    for module in dict.fromkeys(inner for outer in saved for inner in outer.modules()):
+        buffers = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        own = [name for name in (*module._parameters, *buffers) if getattr(module, name) is not None]
+        found.setdefault(module, {}).update(dict.fromkeys(own))
+    if config.bias != "none":
+        for module in host.root.modules() if config.bias == "all" else [target.owner for target in targets]:
+            own = [name for name, value in module._parameters.items() if "bias" in name and value is not None]
+            found.setdefault(module, {}).update(dict.fromkeys(own))
+    registered = {module: set(vars(module)[STATE].all_registered()) for module in found if STATE in vars(module)}
+    result = {m: tuple(n for n in names if n not in registered.get(m, ())) for m, names in found.items()}
+    for module, names in result.items():
+        where = f"{host.canonical.get(module) or 'the model itself'} ({type(module).__name__})"
+        if names and isinstance(module, nn.RNNBase):
+            raise UnsupportedModuleError(
+                f"{where} keeps its weights in a list of its own, so that a trained copy of them would have no effect: "
+                "leave it out of modules_to_save and bias."
+            )
+        if names and isinstance(module, fx.GraphModule):
+            raise UnsupportedModuleError(
+                f"{where} holds {names[0]!r} at the root of a graph, where a trained copy of it would have no effect: "
+                "leave it out of modules_to_save and bias."
+            )
+    return {module: names for module, names in result.items() if names}
+
+
+def _check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], implicit: bool) -> None:
+    if not refusals or (implicit and targets):
+        return
+    lines = "".join(f"\n  {r.name} ({r.kind}): {r.reason}" for r in refusals[:_SHOWN])
+    more = f"\n  … and {len(refusals) - _SHOWN} more" if len(refusals) > _SHOWN else ""
+    if implicit:
+        raise NoMatchError(f"target_modules='all-linear': no linear of this model can be adapted.{lines}{more}")
+    raise UnsupportedModuleError(
+        f"target_modules names modules on which an adapter would have no effect:{lines}{more}\n"
+        "Name other modules, or add these to exclude_modules."
+    )
+
+
+def _check_shapes(targets: Sequence[Target], config: MissConfig) -> None:
+    variant, problems = VARIANTS[config.variant], []
+    for target in targets:
+        sizes = target.in_features, target.out_features
+        if (problem := variant.shape_problem(config.r, config.mini_r, *sizes)) is not None:
+            field, sentence = problem
+            problems.append((field, f"\n  {target.name or '(root)'} ({sizes[0]}→{sizes[1]}): {sentence}"))
+    if problems:
+        field = min((field for field, _ in problems), key=("r", "mini_r").index)
+        more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ConfigError(
+            f"MissConfig.{field}={getattr(config, field)} does not fit {len(problems)} of {len(targets)} chosen modules:"
+            f"{''.join(sentence for _, sentence in problems[:_SHOWN])}{more}"
+        )

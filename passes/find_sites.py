@@ -1,0 +1,228 @@
+"""Find every use of a weight as a linear in a scope, and the dotted name of the module that owns it. Read-only.
+
+    y = F.linear(input, weight, bias)    in a traced owner               site ""
+    y = call_opaque(self.miss_base_forward, out, x, …)                        site "", opaque
+    q = linear(x, W)             W = get_attr[layers.0.q_proj.weight]    site layers.0.q_proj
+    qkv = linear(x, W)           W = get_attr[attn.in_proj_weight]       sites attn.q, attn.k, attn.v
+    y = call_module[head](x)     head is an nn.Linear                    site head
+    y = conv2d(x, K)             K is (out, in, 1, 1)                    a site over the channels
+
+What looks like a linear and cannot take a block becomes a `Refusal` with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from misscompile.passes import refuse
+from misscompile.passes.linear_calls import LinearCall, as_tuple, match_linear, resembles_linear, target_name
+from misscompile.passes.owner_names import PROJECTIONS, owner_name, stack_name
+from misscompile.passes.trace import call_opaque
+from misscompile.passes.weight_paths import WeightError, find_parameter, overlap, readers, trace_weight, view_shape
+from torch import Tensor, fx, nn
+
+from misscompile.record.words import Layout, Refusal, Scope, Site, Step, WeightPath
+
+aten = torch.ops.aten
+
+_FUSED_KERNELS = {aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default}
+_STACKED_PRODUCTS = {
+    *(torch.bmm, torch.baddbmm, "bmm", "baddbmm"),
+    *(aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default),
+}
+_STACK = "its weight is a stack of fused weights, not a linear"
+_LAST_STEP: dict[Layout, tuple[Step, ...]] = {"out_in": (), "in_out": (("t",),), "conv": (("flatten",),)}
+_SHAPE_ATTRIBUTE_PAIRS = (("in_features", "out_features"), ("nx", "nf"), ("infeatures", "outfeatures"))
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """`(in_features, out_features)` of a module that says it is a linear, else None.
+
+    Linears are `nn.Linear` and its subclasses, `Conv1D`, and packed or quantised modules, which keep both numbers as
+    integer attributes.
+    """
+    for in_name, out_name in _SHAPE_ATTRIBUTE_PAIRS:
+        in_features, out_features = getattr(module, in_name, None), getattr(module, out_name, None)
+        if isinstance(in_features, int) and isinstance(out_features, int):
+            return in_features, out_features
+    return None
+
+
+def find_sites(scope: Scope) -> int:
+    """Fill `scope.sites`, `scope.refusals` and `scope.unnamed` from `scope.graph`.
+
+    In a traced owner, sites are the calls of the owner's own `weight` alone.
+
+    Returns:
+        The number of sites.
+    """
+    scope.sites, scope.refusals, scope.unnamed = [], [], []
+    mutated = refuse.mutated_parameters(scope)
+    for node in scope.graph.nodes:
+        if node.target is call_opaque:
+            assert scope.shape is not None
+            scope.sites.append(Site(node, node.args[2], None, None, "opaque", *scope.shape, path=None))
+        elif node.op == "call_module" and scope.shape is None:
+            _find_module_call(scope, node)
+        elif node.target in _FUSED_KERNELS:
+            kernel = f"{node.target}, an inference kernel without a gradient: use misscompile.capture"
+            refuse.refuse_operands(scope, node, 2, f"its weight goes into {kernel}")
+        elif node.target in _STACKED_PRODUCTS:
+            refuse.refuse_operands(scope, node, 3, _STACK)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            refuse.refuse_inside(scope, node)
+        elif (call := match_linear(node)) is not None:
+            _find_call(scope, node, call, mutated)
+        elif (reason := resembles_linear(node)) is not None:
+            refuse.refuse_operands(scope, node, None, reason)
+    if scope.shape is not None:
+        scope.sites = [site for site in scope.sites if _is_of_owner(scope, site)]
+        return len(scope.sites)
+    _name_parts(scope)
+    for site in list(scope.sites):
+        stop = refuse.gradient_stop(site.node)
+        if stop is not None:
+            scope.sites.remove(site)
+            scope.refusals.append(Refusal(site.owner, target_name(site.node), f"no gradient comes back to it past {stop}"))
+    return len(scope.sites)
+
+
+def sites_by_name(scope: Scope) -> dict[str, list[Site]]:
+    """The sites by name, the calls of one weight together."""
+    named: dict[str, list[Site]] = {}
+    for site in scope.sites:
+        named.setdefault(site.owner, []).append(site)
+    return named
+
+
+def other_readers(scope: Scope, parameters: set[str]) -> list[fx.Node]:
+    """The nodes that read one of these parameters and are no site: what a merge would change without an adapter there."""
+    calls = {site.node for site in scope.sites}
+    sources = {f"parametrizations.{name}" for name in parameters} | parameters
+    read = [node for node in scope.graph.nodes if node.op in ("get_attr", "call_module") and node.target in sources]
+    return [user for node in read for user in readers(node) if user not in calls]
+
+
+def _is_of_owner(scope: Scope, site: Site) -> bool:
+    own = site.path is None or site.path.parameter == "weight"
+    return own and (site.in_features, site.out_features) == scope.shape
+
+
+def _find_call(scope: Scope, node: fx.Node, call: LinearCall, mutated: dict[str, str]) -> None:
+    kind = target_name(node)
+    try:
+        path = trace_weight(call.weight, scope.root)
+    except WeightError as error:
+        if call.x.op == "get_attr" and refuse.is_product_with_data(node, call):
+            reason = "its weight is the left side of the product, and a linear's is the right one"
+            refuse.refuse_operands(scope, node, 2, reason)
+        elif not refuse.is_product_with_data(node, call):
+            reason = refuse.written_in_place(call.weight, mutated) or str(error)
+            scope.refusals.append(Refusal(stack_name(node) or node.name, kind, reason))
+        return
+    shape = view_shape(scope.root, path)
+    if call.layout == "conv" and any(size != 1 for size in shape[2:]):
+        return
+    name = owner_name(node, path.parameter)
+    if len(shape) != 2 and call.layout != "conv":
+        if name is not None:
+            scope.refusals.append(Refusal(name, kind, "its weight is a vector" if len(shape) == 1 else _STACK))
+    elif path.parameter in mutated:
+        scope.refusals.append(Refusal(name or node.name, kind, refuse.changed_in_place(path.parameter, mutated)))
+    elif name is None:
+        scope.unnamed.append(path.parameter)
+    else:
+        scope.sites += _sites(node, call, path, shape, name, _is_vector(scope, call.added))
+
+
+def _sites(node: fx.Node, call: LinearCall, path: WeightPath, shape: torch.Size, name: str, is_bias: bool) -> list[Site]:
+    """One site, or the three of an attention's fused projection. `is_bias`: what the call adds is one vector."""
+    steps = (*path.steps, *_LAST_STEP[call.layout])
+    in_features, out_features = (shape[0], shape[1]) if call.layout == "in_out" else (shape[1], shape[0])
+    operands = node, call.x, call.weight, call.added
+    whole = call.layout != "conv" and (call.added is None or is_bias)
+    module, _, last_name = name.rpartition(".")
+    fused, mark, number = last_name.partition("#")
+    if fused != "in_proj_weight" or call.layout != "out_in":
+        positions = len(shape) - 2
+        strides = call.strides if len(call.strides) == positions else call.strides * positions
+        path, sizes = WeightPath(path.parameter, steps), (in_features, out_features)
+        return [Site(*operands, call.layout, *sizes, path, owner=name, strides=strides, is_whole=whole)]
+    first = next((step[1] for step in steps if step[0] == "rows"), 0)
+    found = []
+    for index, projection in enumerate(PROJECTIONS):
+        start = index * in_features - first
+        if 0 <= start < out_features:
+            columns = (start, start + in_features)
+            part = WeightPath(path.parameter, (*steps, ("rows", *columns)))
+            owner = (f"{module}.{projection}" if module else projection) + mark + number
+            site = Site(*operands, "out_in", in_features, in_features, part, owner=owner)
+            site.columns = None if columns == (0, out_features) else (*columns, out_features)
+            site.is_whole = whole and site.columns is None
+            found.append(site)
+    return found
+
+
+def _is_vector(scope: Scope, node: fx.Node | None) -> bool:
+    value = None if node is None else node.meta.get("val")
+    if value is None and node is not None and node.op == "get_attr":
+        value = find_parameter(scope.root, str(node.target))
+    return isinstance(value, Tensor) and value.dim() == 1
+
+
+def _name_parts(scope: Scope) -> None:
+    """Give calls that read different parts of one parameter names of their own, `.part0`, `.part1`, ….
+
+    Where parts overlap, one block cannot serve both: they are refused.
+    """
+    for name, calls in sites_by_name(scope).items():
+        forms = list(dict.fromkeys(site.path.steps for site in calls if site.path is not None))
+        if len(forms) < 2:
+            continue
+        assert calls[0].path is not None
+        weight = find_parameter(scope.root, calls[0].path.parameter)
+        assert weight is not None
+        if any(overlap(weight, a, b) for index, a in enumerate(forms) for b in forms[:index]):
+            reason = f"its weight is read in {len(forms)} forms that overlap, which one block cannot serve"
+            scope.refusals.append(Refusal(name, target_name(calls[0].node), reason))
+            scope.sites = [site for site in scope.sites if site not in calls]
+            continue
+        for site in calls:
+            assert site.path is not None
+            site.owner = f"{name}.part{forms.index(site.path.steps)}"
+
+
+def _find_module_call(scope: Scope, node: fx.Node) -> None:
+    """A module that the tracer kept as one node."""
+    name, module = str(node.target), scope.root.get_submodule(str(node.target))
+    weight, kind = module._parameters.get("weight"), type(module).__name__
+    layout, strides = _module_layout(module)
+    x: Any = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    if layout is not None and weight is not None and isinstance(x, fx.Node):
+        out_features, in_features = (weight.shape[1], weight.shape[0]) if layout == "in_out" else weight.shape[:2]
+        path = WeightPath(f"{name}.weight", _LAST_STEP[layout])
+        scope.sites.append(Site(node, x, None, None, layout, in_features, out_features, path, owner=name, strides=strides))
+    elif linear_shape(module) is not None and not isinstance(module, nn.Bilinear):
+        own = "a forward of its own" if weight is not None else "a weight that is no plain parameter"
+        scope.refusals.append(Refusal(name, kind, f"it is one node with {own}: use misscompile.capture"))
+    else:
+        inside = [child for child, inner in module.named_modules() if child and linear_shape(inner) is not None]
+        if isinstance(module, fx.GraphModule):
+            reason = f"it is inside the graph module {name!r}: adapt that graph, or capture the whole model"
+        else:
+            reason = f"it is inside {name!r} ({kind}), which the tracer kept as one node: use misscompile.capture"
+        scope.refusals += [Refusal(f"{name}.{child}", "inside a module", reason) for child in inside]
+
+
+def _module_layout(module: nn.Module) -> tuple[Layout | None, tuple[int, ...]]:
+    forward = type(module).forward
+    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+        return "out_in", ()
+    if type(module).__name__ == "Conv1D" and linear_shape(module) is not None:
+        return "in_out", ()
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+        padding = (0,) if isinstance(module.padding, str) else as_tuple(module.padding)  # "same" adds none to a 1×1 kernel
+        if set(module.kernel_size) == {1} and set(padding) == {0}:
+            return "conv", module.stride
+    return None, ()
