@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,43 +15,36 @@ from misscompile.errors import MergeError
 from misscompile.kernels import fold_in_place, is_finite, stays_finite
 from misscompile.passes.weight_paths import apply_steps
 from misscompile.record.state import STATE, Kept, OwnerState, base_tensor, copy_name, tensor_version
-from misscompile.record.walk import canonical_names, named_modules, owners
+from misscompile.record.walk import named_modules, owners
 from misscompile.record.words import Block, Refusal, Site, Step, Target
 from misscompile.variants import VARIANTS
 
-Where = TypeVar("Where")
+Part = tuple[tuple[Step, ...], list[tuple[Block, Tensor]]]
+"""The steps from a stored weight to a view as `(out, in)`, and the blocks that fold into that view, with their values."""
 
 
 @dataclasses.dataclass
-class Fold(Generic[Where]):
-    """One weight, and what a merge adds to which views of it."""
+class Fold:
+    """One weight, and what a merge adds to it."""
 
     name: str
     """What messages call it."""
     weight: Tensor
-    parts: list[tuple[tuple[Step, ...], list[tuple[Block, Tensor]]]]
-    """The steps from the stored weight to `(out, in)`, and the blocks that fold into that view, with their values."""
-    where: Where
-    """What the host needs to write the result."""
+    parts: list[Part]
+    owners: dict[str, Any]
+    """By name, whose blocks are folded; the values are the host's own."""
+    call: int | None = None
+    """In a graph, the number of the only call that is to read the result; None for all calls of the weight."""
 
     def check(self) -> None:
-        """Refuse a fold whose result cannot be computed, or would not be finite although the weight is.
-
-        Raises:
-            MergeError: naming the weight and the adapters.
-        """
+        """Refuse a fold whose result cannot be computed, or would not be finite although the weight is."""
         if self.weight.is_meta:
             raise MergeError(f"{self.name}: its weight is on the meta device or offloaded; load it first.")
-        updates = [(block.variant, values) for _, blocks in self.parts for block, values in blocks]
-        if not stays_finite(self.weight, updates):
+        if not stays_finite(self.weight, [(b.variant, values) for _, blocks in self.parts for b, values in blocks]):
             self.merged()
 
     def merged(self) -> Tensor:
-        """The merged weight in the base's layout and dtype; nothing is changed.
-
-        Raises:
-            MergeError: it holds a value that is not finite in that dtype.
-        """
+        """The merged weight in the base's layout and dtype, checked to be finite; nothing is changed."""
         merged = self.weight.detach().clone()
         self.write(merged)
         if not is_finite(merged):
@@ -73,6 +66,8 @@ class Host(abc.ABC):
 
     in_graph: bool
     """Whether blocks act in a graph, and not in the forwards of their owners."""
+    per_call_site = False
+    """Whether each call of a weight gets a block of its own."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -85,7 +80,10 @@ class Host(abc.ABC):
     @functools.cached_property
     def canonical(self) -> dict[nn.Module, str]:
         """Every module with the first of its names."""
-        return canonical_names(self.modules)
+        found: dict[nn.Module, str] = {}
+        for name, module in self.modules.items():
+            found.setdefault(module, name)
+        return found
 
     # --- for a plan ------------------------------------------------------------------------------------------------------
 
@@ -99,15 +97,15 @@ class Host(abc.ABC):
 
     @abc.abstractmethod
     def output_names(self) -> set[str]:
-        """The names of the output embedding, which "all-linear" leaves out."""
+        """The names of the output embedding."""
 
     @abc.abstractmethod
     def model_type(self) -> str | None:
-        """`config.model_type` of a transformers model, for `target_modules=None`."""
+        """`config.model_type` of a transformers model."""
 
     @abc.abstractmethod
     def passed_over(self) -> list[Refusal]:
-        """What looks like a weight to adapt, and that "all-linear" cannot name."""
+        """What looks like a weight to adapt, and that "all-linear" does not take."""
 
     @abc.abstractmethod
     def look(self, name: str, block: Block) -> list[Target | Refusal]:
@@ -117,9 +115,9 @@ class Host(abc.ABC):
     def block_names(self) -> dict[str, str]:
         """Every name under which a file may hold a block of this model, with the name of the target that it is for."""
 
-    @abc.abstractmethod
     def notes(self, targets: Sequence[Target]) -> list[str]:
         """What a user should know of an adapter on these targets, beside what was refused."""
+        return []
 
     # --- for what is there -----------------------------------------------------------------------------------------------
 
@@ -138,34 +136,42 @@ class Host(abc.ABC):
     # --- for a merge -----------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold[Any]]:
+    def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold]:
         """What merging the adapters `names` will write, checked against every other use of the weights.
 
-        Args:
-            names: of the adapters that are folded.
-            keep: whether the merge has to be undone later.
-
-        Raises:
-            MergeError: a weight is used where no adapter acts, or a fold cannot be computed.
+        `keep`: the merge has to be undone later.
         """
 
     @abc.abstractmethod
-    def write_folds(self, folds: Sequence[Fold[Any]], names: Sequence[str], keep: bool) -> None:
-        """Put the merged weights, and the copies of the same modules, in the place of the base's."""
+    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool) -> None:
+        """Put the merged weights, and the copies that the adapters trained in full, in the place of the base's."""
 
 
 def check_staying(owner: str, state: OwnerState, names: Sequence[str]) -> None:
-    """Refuse to change a weight on which an adapter that stays active depends.
-
-    Raises:
-        MergeError: naming both.
-    """
+    """Refuse to change a weight on which an adapter that stays active depends."""
     stays = [b for b in state.effective_blocks() if b.adapter not in names and VARIANTS[b.variant].reads_weight]
     if stays:
         raise MergeError(
             f"{owner}: the {stays[0].variant!r} adapter {stays[0].adapter!r} that would stay active is a function of the "
             "base weight, which merging changes. Merge it too, or deactivate it first."
         )
+
+
+def check_copies_unshared(root: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to write a copy into a base tensor that another module uses too."""
+    users: dict[int, list[str]] = {}
+    for module_name, module in root.named_modules():
+        for held, tensor in module._parameters.items():
+            users.setdefault(id(tensor), []).append(f"{module_name}.{held}")
+    for owner_name, owner in owners(root).items():
+        for tensor in {tensor for adapter in names for tensor in vars(owner)[STATE].copies.get(adapter, ())}:
+            own = f"{owner_name}.{tensor}"
+            others = [user for user in users.get(id(base_tensor(owner, tensor)), []) if user != own]
+            if others:
+                raise MergeError(
+                    f"{own}, which the adapter trains in full, is tied to {others[0]}: merging would change both. Untie "
+                    "first (give one of the modules a parameter of its own), then merge."
+                )
 
 
 @torch.no_grad()
@@ -176,32 +182,9 @@ def write_copies(owner: nn.Module, names: Sequence[str], keep: bool) -> None:
         for tensor in state.copies.get(adapter, ()):
             base, trained = base_tensor(owner, tensor), getattr(owner, copy_name(adapter, tensor))
             if state.in_graph and isinstance(base, nn.Parameter):  # shared with the model that the graph was made from
-                kept: Tensor = base
                 owner._parameters[tensor] = nn.Parameter(trained.detach().clone(), requires_grad=False)
             else:
-                kept = base.detach().clone() if keep else base
-                base.copy_(trained)
+                base, written = base.detach().clone() if keep else base, base
+                written.copy_(trained)
             if keep:
-                state.kept[tensor] = Kept(kept, tensor_version(base_tensor(owner, tensor)))
-
-
-def check_copies_unshared(root: nn.Module, names: Sequence[str]) -> None:
-    """Refuse to write a copy into a base tensor that another module uses too.
-
-    Raises:
-        MergeError: naming both.
-    """
-    users: dict[int, list[str]] = {}
-    for module_name, module in root.named_modules():
-        for tensor_name, tensor in module._parameters.items():
-            if tensor is not None:
-                users.setdefault(id(tensor), []).append(f"{module_name}.{tensor_name}")
-    for owner_name, owner in owners(root).items():
-        state: OwnerState = vars(owner)[STATE]
-        for tensor_name in {tensor for adapter in names for tensor in state.copies.get(adapter, ())}:
-            others = [n for n in users.get(id(base_tensor(owner, tensor_name)), []) if n != f"{owner_name}.{tensor_name}"]
-            if others:
-                raise MergeError(
-                    f"{owner_name}.{tensor_name}, which the adapter trains in full, is tied to {others[0]}: merging would "
-                    "change both. Untie first (give one of the modules a parameter of its own), then merge."
-                )
+                state.kept[tensor] = Kept(base, tensor_version(base_tensor(owner, tensor)))

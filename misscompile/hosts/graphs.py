@@ -9,7 +9,6 @@ unshared: every call reads a parameter of its own, `<parameter>#0`, `<parameter>
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -17,15 +16,8 @@ from torch import Tensor, nn
 
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
 from misscompile.hosts.base import Fold, Host, check_staying, write_copies
-from misscompile.hosts.modules import finish_owner
-from misscompile.hosts.owner_class import refresh_owner
-from misscompile.hosts.whole_graph import (
-    WholeGraph,
-    base_scope,
-    copy_nodes,
-    record_of,
-    require_container,
-)
+from misscompile.hosts.owner_class import finish_owner, refresh_owner
+from misscompile.hosts.whole_graph import WholeGraph, base_scope, copy_nodes, record_of, require_container
 from misscompile.passes.find_sites import find_sites, other_readers, sites_by_name
 from misscompile.passes.linear_calls import target_name
 from misscompile.passes.runner import UNSHARE, run_passes
@@ -33,19 +25,9 @@ from misscompile.passes.unshare_weights import call_name
 from misscompile.passes.weight_paths import overlap
 from misscompile.record.state import STATE, Kept, OwnerState, tensor_version
 from misscompile.record.walk import owner_state, owners
-from misscompile.record.words import Block, Refusal, Scope, Site, Target
+from misscompile.record.words import Block, Refusal, Scope, Site, Step, Target
 
 _SHOWN = 5
-
-
-@dataclasses.dataclass
-class Uses:
-    """What a fold is read by: all calls of one weight, or the call with this number."""
-
-    owners: dict[str, list[Site]]
-    """The sites whose blocks are folded, by the owner of the blocks."""
-    parameter: str
-    call: int | None
 
 
 class GraphHost(Host):
@@ -90,32 +72,22 @@ class GraphHost(Host):
         return self.scope.refusals
 
     def look(self, name: str, block: Block) -> list[Target | Refusal]:
-        refused = next((refusal for refusal in self.scope.refusals if refusal.name == name), None)
         if name not in self.calls:
-            if refused is not None:
-                return [refused]
             inside = [call for call in self.calls if call.startswith((f"{name}.", f"{name}#"))]
             hint = f" (linears inside: {', '.join(inside[:_SHOWN])})" if inside else ""
-            return [Refusal(name, "module", f"the graph has no linear call of its own weight{hint}")]
+            other = Refusal(name, "module", f"the graph has no linear call of its own weight{hint}")
+            return [next((refusal for refusal in self.scope.refusals if refusal.name == name), other)]
         calls = self.calls[name]
         own = self.per_call_site and len(calls) > 1
         self._check_sharing(name, calls, own)
         targets: list[Target | Refusal] = []
         for index, site in enumerate(calls if own else calls[:1]):
             assert site.path is not None
-            owner = call_name(name, index) if own else name
-            weight = self.root.get_parameter(site.path.parameter)
+            owner, weight = call_name(name, index) if own else name, self.stored_weight(name, site)
             shared = (id(weight), site.path.steps, owner if own else "")
             container = require_container(self.root, owner)
             targets.append(Target(owner, container, site.in_features, site.out_features, block, weight, shared))
         return targets
-
-    def block_names(self) -> dict[str, str]:
-        own = [call_name(name, index) for name, calls in self.calls.items() for index in range(len(calls))]
-        return {name: name for name in (*self.names(), *own)}
-
-    def notes(self, targets: Sequence[Target]) -> list[str]:
-        return []
 
     def _check_sharing(self, name: str, calls: list[Site], own: bool) -> None:
         """Refuse an adapter that shares what another one does not: a call has one owner."""
@@ -127,6 +99,10 @@ class GraphHost(Host):
                     f"{name}: the adapter {next(iter(state.blocks))!r} has {had}; adapt with per_call_site={not own} as "
                     "well, or on a graph without that adapter."
                 )
+
+    def block_names(self) -> dict[str, str]:
+        own = [call_name(name, index) for name, calls in self.calls.items() for index in range(len(calls))]
+        return {name: name for name in (*self.names(), *own)}
 
     def sites_of(self, owner: str) -> list[Site]:
         name, mark, call = owner.rpartition("#")
@@ -140,11 +116,9 @@ class GraphHost(Host):
         assert site.path is not None
         return self.root.get_parameter(site.path.parameter)
 
-    # --- merging ---------------------------------------------------------------------------------------------------------
-
-    def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold[Uses]]:
-        folds: dict[object, Fold[Uses]] = {}
-        adapted: list[Site] = []
+    def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold]:
+        folds: dict[object, Fold] = {}
+        adapted: set[int] = set()
         for name, calls in self.calls.items():
             uses: list[tuple[str, list[Site], int | None]] = [(name, calls, None)]
             uses += [(call_name(name, index), [site], index) for index, site in enumerate(calls)]
@@ -154,29 +128,25 @@ class GraphHost(Host):
                     continue
                 check_staying(owner, state, names)
                 self._check_clonable(owner, sites[0], call)
-                weight = self.root.get_parameter(path.parameter)
-                fold = folds.setdefault((id(weight), call), Fold(path.parameter, weight, [], Uses({}, path.parameter, call)))
+                weight, holder = self.stored_weight(owner, sites[0]), self.root.get_submodule(owner)
+                fold = folds.setdefault((id(weight), call), Fold(path.parameter, weight, [], {}, call))
                 if all(path.steps != steps for steps, _ in fold.parts):  # tied names share their block
-                    _check_apart(fold, owner, sites[0])
+                    _check_apart(fold, owner, path.steps)
                     blocks = [state.blocks[n] for n in names if n in state.blocks]
-                    holder = self.root.get_submodule(owner)
                     fold.parts.append((path.steps, [(b, holder.get_parameter(b.parameter)) for b in blocks]))
-                fold.where.owners[owner] = sites
-                adapted += sites
+                fold.owners[owner] = sites
+                adapted |= {id(site) for site in sites}
         for fold in folds.values():
             self._check_uses(fold, adapted)
         return list(folds.values())
 
-    def write_folds(self, folds: Sequence[Fold[Uses]], names: Sequence[str], keep: bool) -> None:
-        merged = [nn.Parameter(fold.merged(), requires_grad=False) for fold in folds]
-        for fold, parameter in zip(folds, merged, strict=True):
-            if fold.where.call is None:
-                for module in self.root.modules():
-                    held = [name for name, value in module._parameters.items() if value is fold.weight]
-                    for name in held:
-                        self._put(module, name, parameter, keep)
-        own = [(fold, parameter) for fold, parameter in zip(folds, merged, strict=True) if fold.where.call is not None]
-        if own:
+    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool) -> None:
+        merged = [(fold, nn.Parameter(fold.merged(), requires_grad=False)) for fold in folds]
+        for fold, parameter in merged:
+            for module in self.root.modules() if fold.call is None else ():
+                for name in [name for name, value in module._parameters.items() if value is fold.weight]:
+                    _exchange(module, name, parameter, keep)
+        if own := [(fold, parameter) for fold, parameter in merged if fold.call is not None]:
             self._unshare(own, keep)
         for name, owner in owners(self.root).items():
             state: OwnerState = vars(owner)[STATE]
@@ -184,41 +154,32 @@ class GraphHost(Host):
                 write_copies(owner, names, keep)
                 finish_owner(owner, names, name, keep)
 
-    def _put(self, module: nn.Module, name: str, value: nn.Parameter, keep: bool) -> None:
-        """Register a merged weight, and keep the one of the base."""
-        old, module._parameters[name] = module._parameters.get(name), value
-        if keep:
-            _keep(module, name, old)
-
-    def _unshare(self, folds: Sequence[tuple[Fold[Uses], nn.Parameter]], keep: bool) -> None:
+    def _unshare(self, folds: Sequence[tuple[Fold, nn.Parameter]], keep: bool) -> None:
         """Let each call read a merged weight of its own, registered beside the weight that the calls had in common."""
         record = record_of(self.root)
-        if keep:
-            record.kept_base = record.base
+        record.kept_base = record.base if keep else None
         scope = Scope(self.root, copy_nodes(record.base), "whole graph")  # copies of this module hold the other one
         find_sites(scope)
         calls = sites_by_name(scope)
         for fold, parameter in folds:
-            call = fold.where.call
-            assert call is not None
-            sites = [calls[owner.rpartition("#")[0]][call] for owner in fold.where.owners]
+            assert fold.call is not None
+            sites = [calls[owner.rpartition("#")[0]][fold.call] for owner in fold.owners]
             for site in sites:
-                site.call = call
+                site.call = fold.call
             if sites[0].node.op == "call_module":
-                self._clone_module(str(sites[0].node.target), call, parameter, keep)
+                self._clone_module(str(sites[0].node.target), fold.call, parameter, keep)
             else:
-                holder, _, name = fold.where.parameter.rpartition(".")
-                self._put(self.root.get_submodule(holder), call_name(name, call), parameter, keep)
+                _exchange(*self._holder(call_name(fold.name, fold.call)), parameter, keep)
         run_passes(UNSHARE, scope)
         record.base = scope.graph
         read = {str(node.target) for node in scope.graph.nodes if node.op == "get_attr"}
         read |= {f"{node.target}.weight" for node in scope.graph.nodes if node.op == "call_module"}
-        for target in {fold.where.parameter for fold, _ in folds} - read:
-            holder, _, name = target.rpartition(".")
-            module = self.root.get_submodule(holder)
-            old = module._parameters.pop(name)
-            if keep:
-                _keep(module, name, old)
+        for target in {fold.name for fold, _ in folds} - read:
+            _exchange(*self._holder(target), None, keep)
+
+    def _holder(self, target: str) -> tuple[nn.Module, str]:
+        holder, _, name = target.rpartition(".")
+        return self.root.get_submodule(holder), name
 
     def _clone_module(self, target: str, call: int, weight: nn.Parameter, keep: bool) -> None:
         """Give a call of a module that is one node a module of its own, in the place of the one that holds its block."""
@@ -227,11 +188,11 @@ class GraphHost(Host):
         state = vars(clone)[STATE] = vars(holder)[STATE]
         state.base_class = type(clone)
         blocks = {key: value for key, value in holder._parameters.items() if key in state.all_registered()}
-        clone._parameters = {**clone._parameters, "weight": weight, **blocks}
-        parent, _, last = name.rpartition(".")
-        self.root.get_submodule(parent)._modules[last] = clone
-        for held in clone._parameters.keys() - blocks.keys() if keep else ():
-            _keep(clone, held, None)
+        base, clone._parameters = clone._parameters, blocks
+        for held, value in base.items():
+            _exchange(clone, held, weight if held == "weight" else value, keep)
+        parent, last = self._holder(name)
+        parent._modules[last] = clone
 
     def _check_clonable(self, owner: str, site: Site, call: int | None) -> None:
         """Refuse to unshare a module that is one node and has trained copies: each clone would need its own."""
@@ -243,52 +204,48 @@ class GraphHost(Host):
                 "and modules_to_save."
             )
 
-    def _check_uses(self, fold: Fold[Uses], adapted: Sequence[Site]) -> None:
+    def _check_uses(self, fold: Fold, adapted: set[int]) -> None:
         """Refuse to write what some node reads beside the adapted calls."""
-        ours = {id(site) for site in adapted}
-        owner = next(iter(fold.where.owners))
-        for site in self.scope.sites:
-            if id(site) in ours or site.path is None or self.root.get_parameter(site.path.parameter) is not fold.weight:
-                continue
-            if any(overlap(fold.weight, steps, site.path.steps) for steps, _ in fold.parts):
-                raise _used_outside(owner, f"the call {site.node.name!r} of {site.owner}")
+        uses = [
+            f"the call {site.node.name!r} of {site.owner}"
+            for site in self.scope.sites
+            if id(site) not in adapted and site.path is not None and self.stored_weight("", site) is fold.weight
+            if any(overlap(fold.weight, steps, site.path.steps) for steps, _ in fold.parts)
+        ]
         named = self.root.named_parameters(remove_duplicate=False)
         names = {name for name, parameter in named if parameter is fold.weight}
-        for user in other_readers(self.scope, names):
-            raise _used_outside(owner, f"{user.name!r} ({user.target})")
+        uses += [f"{user.name!r} ({user.target})" for user in other_readers(self.scope, names)]
         calls = {site.node for site in self.scope.sites}
         for node in self.scope.graph.nodes:
-            if node.op == "call_module" and node not in calls and _holds(self.root, str(node.target), fold.weight):
-                raise _used_outside(owner, f"the module {node.target!r}")
+            if node.op == "call_module" and node not in calls:
+                parameters = self.root.get_submodule(str(node.target)).parameters()
+                uses += [f"the module {node.target!r}" for parameter in parameters if parameter is fold.weight]
+        if uses:
+            raise MergeError(
+                f"{next(iter(fold.owners))}: its weight is also read by {uses[0]}, on which the adapter does not act: "
+                "merging would change both. Give one of them a parameter of its own before the model is captured, or adapt "
+                "both."
+            )
 
 
-def _keep(module: nn.Module, name: str, old: nn.Parameter | None) -> None:
-    """Note in the record of a module what stood in the place of a parameter before the merge; None where nothing did."""
-    state: OwnerState | None = vars(module).get(STATE)
-    if state is None:
-        state = vars(module)[STATE] = OwnerState(type(module), in_graph=True)
-        refresh_owner(module)
-    now = module._parameters.get(name)
-    state.kept[name] = Kept(old) if now is None else Kept(old, tensor_version(now))
+def _exchange(module: nn.Module, name: str, new: nn.Parameter | None, keep: bool) -> None:
+    """Register a parameter, or take one away, and note in the record of its module what stood there where that is kept."""
+    old = module._parameters.pop(name, None) if new is None else module._parameters.get(name)
+    if new is not None:
+        module._parameters[name] = new
+    if keep:
+        state: OwnerState | None = vars(module).get(STATE)
+        if state is None:
+            state = vars(module)[STATE] = OwnerState(type(module), in_graph=True)
+            refresh_owner(module)
+        state.kept[name] = Kept(old) if new is None else Kept(old, tensor_version(new))
 
 
-def _check_apart(fold: Fold[Uses], owner: str, site: Site) -> None:
+def _check_apart(fold: Fold, owner: str, steps: tuple[Step, ...]) -> None:
     """Refuse to add two updates to one element: each call would then compute both."""
-    assert site.path is not None
-    for (steps, _), other in zip(fold.parts, fold.where.owners, strict=False):
-        if overlap(fold.weight, site.path.steps, steps):
+    for (others, _), other in zip(fold.parts, fold.owners, strict=False):
+        if overlap(fold.weight, steps, others):
             raise MergeError(
                 f"{owner} and {other} read one weight in two forms, each with an adapter of its own: merging would add "
                 "both to both. Give one of them a parameter of its own before the model is captured."
             )
-
-
-def _holds(root: nn.Module, name: str, weight: Tensor) -> bool:
-    return any(parameter is weight for parameter in root.get_submodule(name).parameters())
-
-
-def _used_outside(owner: str, use: str) -> MergeError:
-    return MergeError(
-        f"{owner}: its weight is also read by {use}, on which the adapter does not act: merging would change both. Give "
-        "one of them a parameter of its own before the model is captured, or adapt both."
-    )

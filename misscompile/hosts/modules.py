@@ -10,22 +10,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from misscompile.errors import MergeError
 from misscompile.hosts.base import Fold, Host, check_staying, write_copies
-from misscompile.hosts.owner_class import find_foreign_forward, owner_scope, refresh_owner, remove_from_owner
+from misscompile.hosts.owner_class import find_foreign_forward, finish_owner, owner_scope
 from misscompile.passes.find_sites import linear_shape, other_readers
 from misscompile.passes.trace import probe_opaque
 from misscompile.passes.weight_reads import WeightRead, find_read_weights
-from misscompile.record.state import STATE, Kept, OwnerState, tensor_version
+from misscompile.record.state import STATE, Kept, OwnerState, base_class_of, tensor_version
 from misscompile.record.walk import named_modules, owners
 from misscompile.record.words import Block, Refusal, Site, Target
 from misscompile.variants import VARIANTS
-
-Group = list[tuple[str, nn.Module]]
-"""Owners that share one weight, by name."""
 
 _SHOWN = 5
 
@@ -55,20 +52,17 @@ class ModuleHost(Host):
 
     def passed_over(self) -> list[Refusal]:
         """Modules that hold a stack of weights: fused experts."""
-        found: list[Refusal] = []
+        found: dict[str, Refusal] = {}
         for module, name in self.canonical.items():
             if type(module).__module__.startswith("torch.nn."):
                 continue
-            state: OwnerState | None = vars(module).get(STATE)
-            ours = state.all_registered() if state else ()
-            stacks = ((n, p) for n, p in module._parameters.items() if p is not None and p.dim() == 3 and n not in ours)
-            for parameter_name, parameter in stacks:
-                if min(parameter.shape) > 1:
+            ours = vars(module)[STATE].all_registered() if STATE in vars(module) else ()
+            for held, parameter in module._parameters.items():
+                if held not in ours and parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1:
                     shape = "×".join(map(str, parameter.shape))
-                    reason = f"its {parameter_name} ({shape}) is a stack of fused weights, not a linear"
-                    found.append(Refusal(name, type(module).__name__, reason))
-                    break
-        return found
+                    reason = f"its {held} ({shape}) is a stack of fused weights, not a linear"
+                    found.setdefault(name, Refusal(name, type(module).__name__, reason))
+        return list(found.values())
 
     def look(self, name: str, block: Block) -> list[Target | Refusal]:
         owner = self.modules[name]
@@ -76,45 +70,19 @@ class ModuleHost(Host):
             return []
         self._looked_at.add(owner)
         name, shape = self.canonical[owner], linear_shape(owner)
-        problem = self._problem(name, owner, block, shape)
-        if problem is not None or shape is None:
-            return [Refusal(name, type(owner).__name__, problem or "")]
-        weight = _weight(owner)
-        return [Target(name, owner, *shape, block, weight, id(owner) if weight is None else id(weight))]
-
-    def block_names(self) -> dict[str, str]:
-        return {name: self.canonical[module] for name, module in self.modules.items()}
-
-    def notes(self, targets: Sequence[Target]) -> list[str]:
-        """Paths on which an adapter does not act, and weights that modules outside the plan use too."""
-        partly = [
-            Refusal(t.name, type(t.owner).__name__, self._read_weights[t.owner].reason)
-            for t in targets
-            if t.owner in self._read_weights
-        ]
-        adapted = {target.owner for target in targets}
-        users: dict[int, str] = {}
-        for module, name in self.canonical.items():
-            if module not in adapted:
-                for parameter_name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        users[id(parameter)] = f"{name}.{parameter_name}" if name else parameter_name
-        return [
-            *refusal_notes("adapted, but not on every path:", partly),
-            *(
-                f"{target.name} shares its weight with {user}: the adapter acts on this module alone, and merge will "
-                "refuse until the weight is untied"
-                for target in targets
-                if (user := users.get(id(target.owner._parameters.get("weight")))) is not None
-            ),
-        ]
-
-    def _problem(self, name: str, owner: nn.Module, block: Block, shape: tuple[int, int] | None) -> str | None:
-        """Why an adapter on `owner` could not take effect, or None."""
         if shape is None:
             inside = [f"{name}.{child}" for child, module in owner.named_modules() if child and _is_linear(module)]
             hint = f" (the linears inside: {', '.join(inside[:_SHOWN])})" if inside else ""
-            return f"it is not a linear module{hint}"
+            return [Refusal(name, type(owner).__name__, f"it is not a linear module{hint}")]
+        problem = self._problem(owner, block, shape)
+        if problem is not None:
+            return [Refusal(name, type(owner).__name__, problem)]
+        weight = owner._parameters.get("weight", getattr(owner, "weight", None))
+        weight = weight if isinstance(weight, Tensor) else next(owner.parameters(), None)
+        return [Target(name, owner, *shape, block, weight, id(owner) if weight is None else id(weight))]
+
+    def _problem(self, owner: nn.Module, block: Block, shape: tuple[int, int]) -> str | None:
+        """Why an adapter on a linear could not take effect, or None."""
         if owner in self._read_weights and not self._read_weights[owner].called:
             return self._read_weights[owner].reason
         if any(nn.parameter.is_lazy(p) for p in owner._parameters.values() if p is not None):
@@ -126,30 +94,85 @@ class ModuleHost(Host):
         scope = owner_scope(owner)
         if scope.opaque is None:
             return None
-        base_class = vars(owner)[STATE].base_class if STATE in vars(owner) else type(owner)
-        problem = None if find_foreign_forward(owner) else probe_opaque(owner, base_class, shape)
+        problem = None if find_foreign_forward(owner) else probe_opaque(owner, base_class_of(owner), shape)
         if problem is None and VARIANTS[block.variant].reads_weight:
             return f"{scope.opaque}, and {block.variant!r} needs the weight itself (init_weights=True or 'mini' do not)"
         return problem
+
+    def block_names(self) -> dict[str, str]:
+        return {name: self.canonical[module] for name, module in self.modules.items()}
+
+    def notes(self, targets: Sequence[Target]) -> list[str]:
+        """Paths on which an adapter does not act, and weights that modules without it use too."""
+        reads = self._read_weights
+        partly = [Refusal(t.name, type(t.owner).__name__, reads[t.owner].reason) for t in targets if t.owner in reads]
+        adapted, users = {target.owner for target in targets}, dict[int, str]()
+        for module, name in self.canonical.items():
+            if module not in adapted:
+                users |= {id(parameter): f"{name}.{held}".lstrip(".") for held, parameter in module._parameters.items()}
+        shared = ((t.name, users.get(id(t.owner._parameters.get("weight", self)))) for t in targets)
+        return [
+            *refusal_notes("adapted, but not on every path:", partly),
+            *(
+                f"{name} shares its weight with {user}: the adapter acts on this module alone, and merge will refuse "
+                "until the weight is untied"
+                for name, user in shared
+                if user is not None
+            ),
+        ]
 
     def sites_of(self, owner: str) -> list[Site]:
         return owner_scope(self.modules[owner]).sites
 
     def kind_of(self, owner: str) -> str:
-        opaque = " (opaque)" if owner_scope(self.modules[owner]).opaque else ""
-        return type(self.modules[owner]).__name__ + opaque
+        module = self.modules[owner]
+        return type(module).__name__ + (" (opaque)" if owner_scope(module).opaque else "")
 
     def stored_weight(self, owner: str, site: Site) -> Tensor:
         weight = self.modules[owner].weight
         assert isinstance(weight, Tensor)
         return weight
 
-    # --- merging ---------------------------------------------------------------------------------------------------------
+    def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold]:
+        groups: dict[object, dict[str, nn.Module]] = {}
+        for name, owner in owners(self.root).items():
+            state: OwnerState = vars(owner)[STATE]
+            if not state.in_graph and any(n in state.blocks for n in names):
+                weight = owner._parameters.get("weight")
+                groups.setdefault(name if weight is None else id(weight), {})[name] = owner
+        folded = {o: set(names) & set(vars(o)[STATE].blocks) for group in groups.values() for o in group.values()}
+        for module_name, module in self.root.named_modules():
+            for held, parameter in module._parameters.items():
+                name, owner = next(iter(groups.get(id(parameter), {}).items()), ("", None))
+                if owner is not None and folded.get(module) != folded[owner]:
+                    raise MergeError(
+                        f"{name} shares its weight with {module_name}.{held}, which the "
+                        "adapter does not act on: merging would change both. Untie first: give the module a weight of its "
+                        "own (`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
+                        "`model.config.tie_word_embeddings = False` for an output layer), then merge."
+                    )
+        return [self._plan_fold(group, names, keep) for group in groups.values()]
 
-    def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold[Group]]:
-        return [_plan_fold(group, names, keep) for group in _weight_groups(self.root, names)]
+    def _plan_fold(self, group: dict[str, nn.Module], names: Sequence[str], keep: bool) -> Fold:
+        name, owner = next(iter(group.items()))
+        state, scope = vars(owner)[STATE], owner_scope(owner)
+        path = scope.sites[0].path
+        if path is None:
+            raise MergeError(f"{name}: {scope.opaque}, so that its update cannot be shown to be one of its weight.")
+        if other_readers(scope, {"weight"}) or any(site.path != path for site in scope.sites):
+            raise MergeError(
+                f"{name}: its forward uses its weight beside the linear call, and merging would change that use too."
+            )
+        if parametrize.is_parametrized(owner, "weight") and keep:
+            raise MergeError(
+                f"{name}: its weight is parametrized, and a merge into it cannot be undone; merge without keep_adapters."
+            )
+        check_staying(name, state, names)
+        blocks = [state.blocks[n] for n in names if n in state.blocks]
+        parts = [(path.steps, [(block, owner.get_parameter(block.parameter)) for block in blocks])]
+        return Fold(name, self.stored_weight(name, scope.sites[0]), parts, dict(group))
 
-    def write_folds(self, folds: Sequence[Fold[Group]], names: Sequence[str], keep: bool) -> None:
+    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool) -> None:
         for fold in folds:
             with deferred_interrupt():
                 _write_fold(fold, names, keep)
@@ -158,16 +181,6 @@ class ModuleHost(Host):
             if not state.in_graph and not state.merged and any(n in state.copies for n in names):
                 write_copies(owner, names, keep)
                 finish_owner(owner, names, name, keep)
-
-
-def finish_owner(owner: nn.Module, names: Sequence[str], name: str, keep: bool) -> None:
-    """Say on an owner whose weights hold the merged values that these adapters need not act any more."""
-    state: OwnerState = vars(owner)[STATE]
-    if keep:
-        state.merged = tuple(n for n in names if n in state.adapters)
-        refresh_owner(owner, name)
-    else:
-        remove_from_owner(owner, names, name)
 
 
 def output_embedding_names(root: nn.Module) -> set[str]:
@@ -196,12 +209,6 @@ def _is_linear(module: nn.Module) -> bool:
     return named_linear and linear_shape(module) is not None
 
 
-def _weight(owner: nn.Module) -> Tensor | None:
-    weight = owner._parameters.get("weight")
-    weight = getattr(owner, "weight", None) if weight is None else weight
-    return weight if isinstance(weight, Tensor) else next(owner.parameters(), None)
-
-
 def _has_attribute(module: nn.Module, name: str) -> bool:
     """`hasattr`, without the error by which `nn.Module` says no and which takes most of its time."""
     if type(module).__getattr__ is not nn.Module.__getattr__:
@@ -210,60 +217,16 @@ def _has_attribute(module: nn.Module, name: str) -> bool:
     return registered or name in vars(module) or hasattr(type(module), name)
 
 
-def _weight_groups(root: nn.Module, names: Sequence[str]) -> list[Group]:
-    """The owners that hold blocks of `names`, those that share a weight together."""
-    groups: dict[object, Group] = {}
-    for name, owner in owners(root).items():
-        state: OwnerState = vars(owner)[STATE]
-        if not state.in_graph and any(n in state.blocks for n in names):
-            weight = owner._parameters.get("weight")
-            groups.setdefault(name if weight is None else id(weight), []).append((name, owner))
-    folded = {owner: {n for n in names if n in vars(owner)[STATE].blocks} for group in groups.values() for _, owner in group}
-    for module_name, module in root.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            group = groups.get(id(parameter))
-            if group is not None and folded.get(module) != folded[group[0][1]]:
-                raise MergeError(
-                    f"{group[0][0]} shares its weight with {module_name}.{parameter_name}, which the "
-                    "adapter does not act on: merging would change both. Untie first: give the module a weight of its own "
-                    "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
-                    "`model.config.tie_word_embeddings = False` for an output layer), then merge."
-                )
-    return list(groups.values())
-
-
-def _plan_fold(group: Group, names: Sequence[str], keep: bool) -> Fold[Group]:
-    name, owner = group[0]
-    state: OwnerState = vars(owner)[STATE]
-    scope = owner_scope(owner)
-    path = scope.sites[0].path
-    if path is None:
-        raise MergeError(f"{name}: {scope.opaque}, so that its update cannot be shown to be one of its weight.")
-    if other_readers(scope, {"weight"}) or any(site.path != path for site in scope.sites):
-        raise MergeError(
-            f"{name}: its forward uses its weight beside the linear call, and merging would change that use too."
-        )
-    if parametrize.is_parametrized(owner, "weight") and keep:
-        raise MergeError(
-            f"{name}: its weight is parametrized, and a merge into it cannot be undone; merge without keep_adapters."
-        )
-    check_staying(name, state, names)
-    weight = owner.weight
-    assert isinstance(weight, Tensor)
-    blocks = [state.blocks[n] for n in names if n in state.blocks]
-    return Fold(name, weight, [(path.steps, [(block, owner.get_parameter(block.parameter)) for block in blocks])], group)
-
-
 @torch.no_grad()
-def _write_fold(fold: Fold[Group], names: Sequence[str], keep: bool) -> None:
-    first = fold.where[0][1]
+def _write_fold(fold: Fold, names: Sequence[str], keep: bool) -> None:
+    first = next(iter(fold.owners.values()))
     merged = fold.merged() if parametrize.is_parametrized(first, "weight") else None
     kept = fold.weight.detach().clone() if keep else None
     if merged is None:
         fold.write(fold.weight.detach())
-        if kept is not None:
-            vars(first)[STATE].kept["weight"] = Kept(kept, tensor_version(fold.weight))
-    for name, owner in fold.where:
+    if kept is not None:
+        vars(first)[STATE].kept["weight"] = Kept(kept, tensor_version(fold.weight))
+    for name, owner in fold.owners.items():
         write_copies(owner, names, keep)
         finish_owner(owner, names, name, keep)
     if merged is not None:

@@ -22,7 +22,7 @@ from misscompile.errors import StateError
 from misscompile.passes.find_sites import find_sites, linear_shape
 from misscompile.passes.runner import ADAPT, run_passes
 from misscompile.passes.trace import BASE_FORWARD, opaque_scope, trace_owner
-from misscompile.record.state import STATE, OwnerState, swap_kept
+from misscompile.record.state import STATE, OwnerState, base_class_of, swap_kept
 from misscompile.record.words import Block, Scope
 
 Copies = tuple[tuple[str, str], ...]
@@ -100,17 +100,13 @@ def _reconstruct(constructor: Callable[..., nn.Module], arguments: tuple[Any, ..
 
 
 def owner_scope(owner: nn.Module) -> Scope:
-    """The scope of a linear as its base class defines it, with its sites found; owners of equal structure share it.
-
-    Args:
-        owner: a linear module, adapted or not; it is not changed.
-    """
+    """The scope of a linear, adapted or not, as its base class defines it, with its sites; equal structures share it."""
     state: OwnerState | None = vars(owner).get(STATE)
     shape = state.shape if state and state.shape else linear_shape(owner)
     assert shape is not None
-    base_class = state.base_class if state else type(owner)
+    base_class = base_class_of(owner)
     foreign = state.foreign_forward if state else find_foreign_forward(owner)
-    key = _structure(owner, state, base_class, shape) if foreign is None else None
+    key = _structure(owner, base_class, shape) if foreign is None else None
     scope = _scopes.get(key)
     if scope is None:
         scope = trace_owner(owner, base_class, shape, foreign)
@@ -164,6 +160,16 @@ def remove_from_owner(owner: nn.Module, adapter_names: Sequence[str], name: str 
             record.pop(adapter, None)
 
 
+def finish_owner(owner: nn.Module, names: Sequence[str], name: str, keep: bool) -> None:
+    """Let the adapters `names` of an owner act no more, since its weights hold the merged values now."""
+    state: OwnerState = vars(owner)[STATE]
+    if keep:
+        state.merged = tuple(n for n in names if n in state.adapters)
+        refresh_owner(owner, name)
+    else:
+        remove_from_owner(owner, names, name)
+
+
 def check_classes(adapted: Mapping[str, nn.Module]) -> None:
     """Refuse, before anything is changed, a model of which an owner was given another class after adapting."""
     for name, owner in adapted.items():
@@ -194,14 +200,10 @@ def readable_code(graph: fx.Graph) -> str:
 
 
 def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block, ...], copies: Copies) -> type[AdaptedOwner]:
-    """A subclass of `base` for an adapted module.
+    """A subclass of `base` with the forward of `scope` in which `blocks` act.
 
-    Args:
-        base: the class of the module without adapters.
-        scope: that of the module, where blocks act.
-        blocks: those that act.
-        copies: the attribute `tensor` of the class gives the registered `copy`, as `torch.nn.utils.parametrize` does it,
-            so that every code that reads it gets what the adapter trained.
+    The attribute `tensor` of the class gives the registered `copy`, as `torch.nn.utils.parametrize` does it, so that every
+    code that reads it gets what the adapter trained.
     """
     members: dict[str, Any] = {REWRITE: None, "__module__": base.__module__, "__qualname__": base.__qualname__}
     if scope is not None:
@@ -219,24 +221,19 @@ def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block,
 
 
 def _compile_forward(graph: fx.Graph, name: str) -> Any:
-    """`forward(self, …)` of a graph, visible to tracebacks and debuggers."""
+    """`forward(self, …)` of a graph, visible to tracebacks and debuggers.
+
+    All forwards have one dict of globals, since Dynamo guards what each of them reads. Two graphs may call different
+    functions by one name; then the later one has globals of its own.
+    """
     python = graph.python_code(root_module="self")
     filename = f"<misscompile {name} {next(_serial)}>"
     linecache.cache[filename] = (len(python.src), None, python.src.splitlines(keepends=True), filename)
-    namespace = _namespace_with(python.globals)
+    clashes = any(_namespace.get(key, value) is not value for key, value in python.globals.items())
+    namespace = {} if clashes else _namespace
+    namespace.update(python.globals)
     exec(compile(python.src, filename, "exec"), namespace)  # noqa: S102 - torch.fx wrote this source
     return namespace.pop("forward")
-
-
-def _namespace_with(names: Mapping[str, Any]) -> dict[str, Any]:
-    """The globals for a generated forward: one dict for all, since Dynamo guards what each of them reads.
-
-    Two graphs may call different functions by one name; then the later one has globals of its own.
-    """
-    if any(_namespace.get(name, value) is not value for name, value in names.items()):
-        return dict(names)
-    _namespace.update(names)
-    return _namespace
 
 
 def _alias(copied: str) -> property:
@@ -249,17 +246,10 @@ def _alias(copied: str) -> property:
 def _set_class(owner: nn.Module, new_class: type[nn.Module], foreign: Any, inserted: bool) -> None:
     """Give `owner` a class, and make whatever holds its old forward hold the new one.
 
-    Args:
-        owner: the module.
-        new_class: its base class, or a generated one.
-        foreign: the forward that somebody else had set on the instance, or None.
-        inserted: whether `new_class` carries a generated forward (then `foreign` becomes its opaque base node).
-
-    accelerate's hooks keep the forward they wrap as a bound method in `_old_forward`.
+    `foreign` is a forward that somebody else had set on the instance. Where updates are `inserted`, it becomes the opaque
+    base node of the generated forward.
     """
-    members = vars(owner)
-    old_class = type(owner)
-    slot = _forward_slot(owner)
+    members, old_class, slot = vars(owner), type(owner), _forward_slot(owner)
     held = members.get(slot)
     ours = isinstance(held, types.MethodType) and held.__func__ in (vars(old_class).get("forward"), old_class.forward)
     object.__setattr__(owner, "__class__", new_class)  # that of nn.Module would look for a tensor in it first
@@ -275,20 +265,14 @@ def _set_class(owner: nn.Module, new_class: type[nn.Module], foreign: Any, inser
 
 
 def _forward_slot(owner: nn.Module) -> str:
-    """The instance attribute that holds the innermost forward: below accelerate's hook where there is one."""
+    """The instance attribute that holds the innermost forward; accelerate's hook keeps the one that it wraps."""
     return "_old_forward" if "_hf_hook" in vars(owner) and "_old_forward" in vars(owner) else "forward"
 
 
-def _structure(owner: nn.Module, state: OwnerState | None, base_class: type[nn.Module], shape: tuple[int, int]) -> Any:
-    """What a trace of the owner's base forward can depend on; equal keys mean equal graphs.
-
-    A traced forward reads no plain attribute but its shape (`passes.trace` refuses it otherwise).
-    """
+def _structure(owner: nn.Module, base_class: type[nn.Module], shape: tuple[int, int]) -> Any:
+    """What a trace of the owner's base forward can depend on; it may read no plain attribute but the shape."""
+    state: OwnerState | None = vars(owner).get(STATE)
     ours = state.all_registered() if state else ()
-    key: list[Any] = [base_class, shape]
-    for name, tensor in (owner._parameters | owner._buffers).items():
-        if name not in ours:
-            key.append((name, None) if tensor is None else (name, tensor.shape, type(tensor)))
-    for name, child in owner._modules.items():
-        key.append((name, type(child)))
-    return tuple(key)
+    tensors = (owner._parameters | owner._buffers).items()
+    held = [(name, None if t is None else (t.shape, type(t))) for name, t in tensors if name not in ours]
+    return base_class, shape, *held, *((name, type(child)) for name, child in owner._modules.items())

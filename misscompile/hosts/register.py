@@ -23,31 +23,52 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def create_blocks(
     plan: Plan, autocast_adapter_dtype: bool, values: Mapping[str, Tensor] | None = None, copy: bool = True
 ) -> None:
-    """Fill `plan.parameters`: one new parameter for each target, shared by targets that share their weight.
-
-    They require gradients unless the adapter is loaded for inference.
+    """Fill `plan.parameters`: one new parameter for each weight. They require gradients unless loaded for inference.
 
     dtype: float32 where the weight is 16-bit and `autocast_adapter_dtype` is set, or where the weight is no float at
-    all; otherwise that of the weight. device: that of the weight. Random starts are drawn on the CPU in float32, in
-    model order, so that a seed gives the same blocks on every device (and the same as PEFT).
-
-    Args:
-        plan: complete and checked.
-        autocast_adapter_dtype: see above.
-        values: what to put into the blocks, by target name, instead of the start values of the config.
-        copy: False lets a block be the given tensor itself where dtype and device allow it.
+    all; otherwise that of the weight. device: that of the weight. `values`, by target name, replace the start values of
+    the config; without `copy`, a block may be the given tensor itself.
     """
     by_weight: dict[object, nn.Parameter] = {}
     for target in plan.targets:
-        key = target.shared_by
-        if key not in by_weight:
+        if target.shared_by not in by_weight:
             dtype, device = _dtype_and_device(target.weight, autocast_adapter_dtype)
             if values is None:
                 value = _start(target, plan.adapter.config, dtype, device)
             else:
                 value = values[target.name].to(device=device, dtype=dtype, copy=copy)
-            by_weight[key] = nn.Parameter(value, plan.adapter.trainable)
-        plan.parameters[target.name] = by_weight[key]
+            by_weight[target.shared_by] = nn.Parameter(value, plan.adapter.trainable)
+        plan.parameters[target.name] = by_weight[target.shared_by]
+
+
+def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] | None = None, copy: bool = True) -> None:
+    """Fill `plan.copies`: a copy of every tensor that the adapter trains in full, in the dtype and place of the base's.
+
+    `values` replace those of the base; without `copy`, a copy may be the given tensor itself.
+    """
+    for owner, names in plan.copied.items():
+        for name in names:
+            base = base_tensor(owner, name)
+            value = base if values is None else values[owner][name]
+            copied = value.detach().to(device=base.device, dtype=base.dtype, copy=copy or value is base)
+            if isinstance(base, nn.Parameter):
+                copied = nn.Parameter(copied, plan.adapter.trainable and copied.is_floating_point())
+            plan.copies.setdefault(owner, {})[name] = copied
+
+
+def register_blocks(plan: Plan, in_graph: bool) -> None:
+    """Put every block and copy, and the record of them, on its module. Forwards are not changed."""
+    adapter = plan.adapter
+    for target in plan.targets:
+        state = _state(target.owner, (target.in_features, target.out_features), in_graph)
+        state.blocks[adapter.name], state.adapters[adapter.name] = target.block, adapter
+        target.owner.register_parameter(target.block.parameter, plan.parameters[target.name])
+    for owner, copies in plan.copies.items():
+        state = _state(owner, None, in_graph)
+        state.copies[adapter.name], state.adapters[adapter.name] = tuple(copies), adapter
+        for name, value in copies.items():
+            register = owner.register_parameter if isinstance(value, nn.Parameter) else owner.register_buffer
+            register(copy_name(adapter.name, name), value)
 
 
 def _dtype_and_device(weight: Tensor | None, autocast: bool) -> tuple[torch.dtype, torch.device]:
@@ -64,51 +85,9 @@ def _start(target: Target, config: MissConfig, dtype: torch.dtype, device: torch
         return torch.empty(shape, dtype=dtype, device=device)
     if config.init_weights is not False:
         return torch.zeros(*shape, dtype=dtype, device=device)  # one tuple would take longer to read
-    drawn = torch.empty(shape, dtype=torch.float32)
+    drawn = torch.empty(shape, dtype=torch.float32)  # on the CPU: a seed gives the same blocks everywhere, and PEFT's
     variant.init_block(drawn, random_start=True)
     return drawn.to(device=device, dtype=dtype)
-
-
-def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] | None = None, copy: bool = True) -> None:
-    """Fill `plan.copies`: a copy of every tensor that the adapter trains in full, in the dtype and place of the base's.
-
-    Args:
-        plan: complete and checked.
-        values: what to put into the copies instead of the values of the base.
-        copy: False lets a copy be the given tensor itself where dtype and device allow it.
-    """
-    for owner, names in plan.copied.items():
-        for name in names:
-            base = base_tensor(owner, name)
-            value = base if values is None else values[owner][name]
-            copied = value.detach().to(device=base.device, dtype=base.dtype, copy=copy or value is base)
-            if isinstance(base, nn.Parameter):
-                copied = nn.Parameter(copied, plan.adapter.trainable and copied.is_floating_point())
-            plan.copies.setdefault(owner, {})[name] = copied
-
-
-def register_blocks(plan: Plan, in_graph: bool) -> None:
-    """Put every block and copy, and the record of them, on its module. Forwards are not changed.
-
-    Args:
-        plan: with its blocks and copies created.
-        in_graph: whether the blocks will act in a graph above their modules.
-    """
-    adapter = plan.adapter
-    for target in plan.targets:
-        state = _state(target.owner, (target.in_features, target.out_features), in_graph)
-        state.blocks[adapter.name] = target.block
-        state.adapters[adapter.name] = adapter
-        target.owner.register_parameter(target.block.parameter, plan.parameters[target.name])
-    for owner, copies in plan.copies.items():
-        state = _state(owner, None, in_graph)
-        state.copies[adapter.name] = tuple(copies)
-        state.adapters[adapter.name] = adapter
-        for name, value in copies.items():
-            if isinstance(value, nn.Parameter):
-                owner.register_parameter(copy_name(adapter.name, name), value)
-            else:
-                owner.register_buffer(copy_name(adapter.name, name), value)
 
 
 def _state(owner: nn.Module, shape: tuple[int, int] | None, in_graph: bool) -> OwnerState:

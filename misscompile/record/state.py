@@ -1,4 +1,4 @@
-"""The record that an adapted module carries. Its class, or the graph above it, is derived from the record, never the reverse.
+"""The record that an adapted module carries. Its class, or the graph above it, is derived from the record.
 
 There is no record on the root: everything is read off the owners, so that a copy, a wrapper or a part of an adapted
 model is an adapted model too.
@@ -50,7 +50,7 @@ class OwnerState:
     """An instance attribute `forward` that somebody else had put on the module."""
 
     def effective_blocks(self) -> tuple[Block, ...]:
-        """The blocks that act now, in the order in which the adapters were activated."""
+        """The blocks that act now, in the order of activation."""
         if self.disabled:
             return ()
         return tuple([self.blocks[name] for name in self.active if name in self.blocks and name not in self.merged])
@@ -70,6 +70,12 @@ class OwnerState:
     def all_registered(self) -> list[str]:
         """Names of everything that any adapter registered on this module."""
         return [name for adapter in self.adapters for name in self.registered(adapter)]
+
+
+def base_class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without adapters."""
+    state: OwnerState | None = vars(module).get(STATE)
+    return state.base_class if state else type(module)
 
 
 def copy_name(adapter: str, tensor: str) -> str:

@@ -1,4 +1,4 @@
-"""Finding modules, owners and adapters in a model by name."""
+"""Finding modules, owners and adapters in a model by name, and refusing a verb in a state in which it has no meaning."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from misscompile.record.words import Adapter
 
 
 def unwrap_model(model: object) -> nn.Module:
-    """The module below `torch.compile` and data-parallel wrappers, whose names are those of the user's model.
-
-    Raises:
-        ArgumentError: `model` is not an `nn.Module`.
-    """
+    """The module below `torch.compile` and data-parallel wrappers, whose names are those of the user's model."""
     if not isinstance(model, nn.Module):
         hint = " (adapt and load_adapter make a module of it)" if isinstance(model, torch.export.ExportedProgram) else ""
         raise ArgumentError(f"model: expected a torch.nn.Module, found {type(model).__name__}{hint}.")
@@ -56,26 +52,10 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, 
     return found
 
 
-def canonical_names(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
-    """Each module with the first of the names under which the model reaches it."""
-    canonical: dict[nn.Module, str] = {}
-    for name, module in modules.items():
-        canonical.setdefault(module, name)
-    return canonical
-
-
 def unique_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """The parameters that these modules hold themselves, each once."""
     held = (parameter for module in modules for parameter in module._parameters.values())
     return list({id(parameter): parameter for parameter in held if parameter is not None}.values())
-
-
-def find_module(root: nn.Module, name: str) -> nn.Module | None:
-    """The module of this name, or None."""
-    module: nn.Module | None = root
-    for part in name.split(".") if name else ():
-        module = module._modules.get(part) if module is not None else None
-    return module
 
 
 def join(*parts: str) -> str:
@@ -95,7 +75,9 @@ def owner_states(model: nn.Module) -> dict[str, OwnerState]:
 
 def owner_state(root: nn.Module, name: str) -> OwnerState | None:
     """The record on the module of this name, or None where there is none of either."""
-    module = find_module(root, name)
+    module: nn.Module | None = root
+    for part in name.split(".") if name else ():
+        module = module._modules.get(part) if module is not None else None
     state: OwnerState | None = None if module is None else vars(module).get(STATE)
     return state
 
@@ -106,12 +88,7 @@ def adapters_of(model: nn.Module) -> dict[str, Adapter]:
 
 
 def require_adapter(model: nn.Module, name: object) -> Adapter:
-    """The adapter of this name.
-
-    Raises:
-        ArgumentError: `name` is not a string.
-        UnknownAdapterError: there is none; the message lists those there are.
-    """
+    """The adapter of this name; an error that lists those there are, if there is none."""
     if not isinstance(name, str):
         raise ArgumentError(f"adapter_name: expected a string, found {type(name).__name__}.")
     known = adapters_of(model)
@@ -121,25 +98,16 @@ def require_adapter(model: nn.Module, name: object) -> Adapter:
     return known[name]
 
 
-def require_adapters(model: nn.Module, names: object) -> tuple[str, ...]:
-    """One name or several as a tuple without repeats, each of an adapter of `model`.
-
-    Raises:
-        ArgumentError: neither a name nor a list of names.
-        UnknownAdapterError: there is no such adapter.
-    """
+def require_adapters(model: nn.Module, names: object, argument: str = "adapter_name") -> tuple[str, ...]:
+    """One name or several as a tuple without repeats, each of an adapter of `model`."""
     several = [names] if isinstance(names, str) else names
     if not isinstance(several, (list, tuple)):
-        raise ArgumentError(f"adapter_name: expected a name or a list of names, found {type(names).__name__}.")
+        raise ArgumentError(f"{argument}: expected a name or a list of names, found {type(names).__name__}.")
     return tuple(dict.fromkeys(require_adapter(model, name).name for name in several))
 
 
 def require_adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """The owners of `model`.
-
-    Raises:
-        StateError: there are none.
-    """
+    """The owners of `model`; an error if there are none."""
     found = owners(model)
     if not found:
         raise StateError("the model has no adapter: call adapt or load_adapter first.")
@@ -147,21 +115,13 @@ def require_adapted(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_enabled(states: Mapping[str, OwnerState], verb: str) -> None:
-    """Refuse a verb inside `disable_adapter`.
-
-    Raises:
-        StateError: naming the verb.
-    """
+    """Refuse a verb inside `disable_adapter`."""
     if any(state.disabled for state in states.values()):
         raise StateError(f"{verb} was called inside disable_adapter(model): leave the context first.")
 
 
 def check_unmerged(states: Mapping[str, OwnerState], verb: str) -> None:
-    """Refuse a verb on a model that is merged with its adapters kept.
-
-    Raises:
-        StateError: naming the verb, a module and the adapter that is merged into it.
-    """
+    """Refuse a verb on a model that is merged with its adapters kept."""
     for name, state in states.items():
         if state.merged:
             raise StateError(f"{verb}: {name} holds the merged adapter {state.merged[0]!r}; call unmerge(model) first.")
