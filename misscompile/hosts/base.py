@@ -85,6 +85,10 @@ class Host(abc.ABC):
             found.setdefault(module, name)
         return found
 
+    def states(self) -> dict[str, OwnerState]:
+        """The records on the modules, by the first name of each."""
+        return {name: vars(module)[STATE] for module, name in self.canonical.items() if STATE in vars(module)}
+
     # --- for a plan ------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod

@@ -21,7 +21,7 @@ from misscompile.passes.trace import probe_opaque
 from misscompile.passes.weight_reads import WeightRead, find_read_weights
 from misscompile.record.state import STATE, Kept, OwnerState, base_class_of, tensor_version
 from misscompile.record.walk import named_modules, owners
-from misscompile.record.words import Block, Refusal, Site, Target
+from misscompile.record.words import Block, Refusal, Scope, Site, Target
 from misscompile.variants import VARIANTS
 
 _SHOWN = 5
@@ -74,15 +74,15 @@ class ModuleHost(Host):
             inside = [f"{name}.{child}" for child, module in owner.named_modules() if child and _is_linear(module)]
             hint = f" (the linears inside: {', '.join(inside[:_SHOWN])})" if inside else ""
             return [Refusal(name, type(owner).__name__, f"it is not a linear module{hint}")]
-        problem = self._problem(owner, block, shape)
-        if problem is not None:
-            return [Refusal(name, type(owner).__name__, problem)]
+        found = self._scope_or_problem(owner, block, shape)
+        if isinstance(found, str):
+            return [Refusal(name, type(owner).__name__, found)]
         weight = owner._parameters.get("weight", getattr(owner, "weight", None))
         weight = weight if isinstance(weight, Tensor) else next(owner.parameters(), None)
-        return [Target(name, owner, *shape, block, weight, id(owner) if weight is None else id(weight))]
+        return [Target(name, owner, *shape, block, weight, id(owner) if weight is None else id(weight), found)]
 
-    def _problem(self, owner: nn.Module, block: Block, shape: tuple[int, int]) -> str | None:
-        """Why an adapter on a linear could not take effect, or None."""
+    def _scope_or_problem(self, owner: nn.Module, block: Block, shape: tuple[int, int]) -> Scope | str:
+        """The scope of a linear, or why an adapter on it could not take effect."""
         if owner in self._read_weights and not self._read_weights[owner].called:
             return self._read_weights[owner].reason
         if any(nn.parameter.is_lazy(p) for p in owner._parameters.values() if p is not None):
@@ -93,11 +93,11 @@ class ModuleHost(Host):
             return f"it already has an attribute {block.parameter!r}"
         scope = owner_scope(owner)
         if scope.opaque is None:
-            return None
+            return scope
         problem = None if find_foreign_forward(owner) else probe_opaque(owner, base_class_of(owner), shape)
         if problem is None and VARIANTS[block.variant].reads_weight:
             return f"{scope.opaque}, and {block.variant!r} needs the weight itself (init_weights=True or 'mini' do not)"
-        return problem
+        return problem or scope
 
     def block_names(self) -> dict[str, str]:
         return {name: self.canonical[module] for name, module in self.modules.items()}

@@ -16,6 +16,10 @@ from misscompile.hosts.recover import holds_exported_adapters, recover_adapters
 from misscompile.hosts.whole_graph import WholeGraph, copy_graph, derive_graph, record_of, whole_graphs
 from misscompile.record.state import STATE, OwnerState, swap_kept
 from misscompile.record.walk import check_enabled, join, named_modules, owner_states, owners, unwrap_model
+from misscompile.record.words import Scope
+
+Scopes = Mapping[nn.Module, Scope | None]
+"""The scopes of owners, where they are known."""
 
 
 def open_host(model: object, verb: str, per_call_site: bool = False) -> Host:
@@ -26,9 +30,9 @@ def open_host(model: object, verb: str, per_call_site: bool = False) -> Host:
         StateError: the model is inside `disable_adapter`.
     """
     root = model if isinstance(model, torch.export.ExportedProgram) else unwrap_model(model)
-    if isinstance(root, nn.Module):
-        check_enabled(owner_states(root), verb)
     if isinstance(root, fx.GraphModule | torch.export.ExportedProgram):
+        if isinstance(root, WholeGraph):
+            check_enabled(owner_states(root), verb)  # a copy is never inside
         copied = copy_graph(root)
         if not isinstance(root, WholeGraph):
             recover_adapters(copied)
@@ -64,11 +68,17 @@ def adapted_owners(root: nn.Module) -> dict[str, tuple[Host, str, nn.Module]]:
     return found
 
 
-def refresh(root: nn.Module, changed: Mapping[str, nn.Module]) -> None:
-    """Derive what acts again after records changed: the classes of these owners, and every whole graph."""
+def refresh(
+    root: nn.Module, changed: Mapping[str, nn.Module], scopes: Mapping[nn.Module, Scope | None] | None = None
+) -> None:
+    """Derive what acts again after records changed: the classes of these owners, and the graphs above them.
+
+    `scopes` are those of the owners, where they are known.
+    """
     for name, owner in changed.items():
-        refresh_owner(owner, name)
-    refresh_graphs(root)
+        refresh_owner(owner, name, scopes.get(owner) if scopes else None)
+    if any(vars(owner)[STATE].in_graph for owner in changed.values()):
+        refresh_graphs(root)
 
 
 def refresh_graphs(root: nn.Module) -> None:

@@ -119,13 +119,13 @@ def owner_scope(owner: nn.Module) -> Scope:
     return scope
 
 
-def refresh_owner(owner: nn.Module, name: str = "the module") -> None:
-    """Derive the class of an owner from its record again, after either changed."""
+def refresh_owner(owner: nn.Module, name: str = "the module", base: Scope | None = None) -> None:
+    """Derive the class of an owner from its record again, after either changed; `base` is its scope where that is known."""
     state: OwnerState = vars(owner)[STATE]
     check_class(owner, name)
     blocks = () if state.in_graph else state.effective_blocks()
     copies = state.effective_copies()
-    scope = owner_scope(owner) if blocks else None
+    scope = (base or owner_scope(owner)) if blocks else None
     key = (state.base_class, scope, blocks, copies)
     new_class = _classes.get(key)
     if new_class is None:
@@ -273,6 +273,10 @@ def _structure(owner: nn.Module, base_class: type[nn.Module], shape: tuple[int, 
     """What a trace of the owner's base forward can depend on; it may read no plain attribute but the shape."""
     state: OwnerState | None = vars(owner).get(STATE)
     ours = state.all_registered() if state else ()
-    tensors = (owner._parameters | owner._buffers).items()
-    held = [(name, None if t is None else (t.shape, type(t))) for name, t in tensors if name not in ours]
-    return base_class, shape, *held, *((name, type(child)) for name, child in owner._modules.items())
+    held: list[Any] = []
+    for tensors in (owner._parameters, owner._buffers):
+        for name, tensor in tensors.items():
+            if name not in ours:
+                held.append(name if tensor is None else (name, tensor.shape, type(tensor)))
+    held.extend((name, type(child)) for name, child in owner._modules.items())
+    return base_class, shape, tuple(held)

@@ -127,6 +127,8 @@ class Target:
     """Tells the block's dtype and device."""
     shared_by: object
     """Targets with the same value share one block: those of one weight."""
+    scope: Scope | None = None
+    """That of the owner's forward, where blocks act in it."""
 
 
 @dataclasses.dataclass

@@ -90,6 +90,6 @@ def install_plan(host: Host, plan: Plan) -> None:
             parameter.requires_grad = False  # the method of this name refuses uninitialised parameters
         adapted = {name: module for module, name in plan.modules.items() if STATE in vars(module)}
         adapted |= {target.name: target.owner for target in plan.targets}
-        activate(host.root, adapted, (plan.adapter.name,))
+        activate(host.root, adapted, (plan.adapter.name,), plan)
         for note in plan.notes:  # a filter may turn the warning into an error
             warnings.warn(note, MissWarning, stacklevel=3)

@@ -13,7 +13,7 @@ from misscompile.errors import ArgumentError, ConfigError, NoMatchError, StateEr
 from misscompile.hosts.base import Host
 from misscompile.hosts.modules import refusal_notes
 from misscompile.record.state import STATE, OwnerState
-from misscompile.record.walk import check_enabled, check_unmerged, owner_states
+from misscompile.record.walk import check_enabled, check_unmerged
 from misscompile.record.words import Adapter, Block, Plan, Refusal, Target
 from misscompile.rules.config import MissConfig
 from misscompile.rules.model_types import TARGETS_BY_MODEL_TYPE
@@ -32,7 +32,7 @@ def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weigh
     Raises:
         ConfigError, NoMatchError, UnsupportedModuleError, StateError, ArgumentError: see `misscompile.adapt`.
     """
-    check_adapter_name(adapter_name, owner_states(host.root))
+    check_adapter_name(adapter_name, host.states())
     names = host.names()
     config = _with_task_heads(config, host.modules)
     implicit = config.selects_all_linear  # found by a rule, not named: what cannot be adapted is passed over and told

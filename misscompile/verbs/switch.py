@@ -26,6 +26,7 @@ from misscompile.record.walk import (
     require_adapters,
     unwrap_model,
 )
+from misscompile.record.words import Plan
 from misscompile.rules.config import MissConfig, coerce_config
 
 M = TypeVar("M", bound=nn.Module)
@@ -148,12 +149,12 @@ def unload(model: M) -> M:
     return model
 
 
-def activate(root: nn.Module, adapted: Mapping[str, nn.Module], names: tuple[str, ...]) -> None:
-    """Make exactly these adapters act on these owners of a model, in this order."""
+def activate(root: nn.Module, adapted: Mapping[str, nn.Module], names: tuple[str, ...], plan: Plan | None = None) -> None:
+    """Make exactly these adapters act on these owners of a model, in this order; `plan` is that of a new adapter."""
     for owner in adapted.values():
         state: OwnerState = vars(owner)[STATE]
         state.active = tuple([n for n in names if n in state.adapters])
-    refresh(root, adapted)
+    refresh(root, adapted, {target.owner: target.scope for target in plan.targets} if plan else {})
 
 
 def check_copies_apart(states: Mapping[str, OwnerState], names: Sequence[str]) -> None:
