@@ -89,6 +89,10 @@ class Host(abc.ABC):
         """The records on the modules, by the first name of each."""
         return {name: vars(module)[STATE] for module, name in self.canonical.items() if STATE in vars(module)}
 
+    @abc.abstractmethod
+    def result(self, model: Any) -> Any:
+        """What a verb that was given `model` returns: the same object, or the graph that was made of it."""
+
     # --- for a plan ------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -136,6 +140,10 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def stored_weight(self, owner: str, site: Site) -> Tensor:
         """The weight of a site as it is stored; `site.path.steps` lead from it to `(out, in)`."""
+
+    @abc.abstractmethod
+    def code(self) -> list[str]:
+        """The torch.fx code of each distinct rewritten graph, before and after."""
 
     # --- for a merge -----------------------------------------------------------------------------------------------------
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
 from misscompile.hosts.base import Fold, Host, check_staying, write_copies
-from misscompile.hosts.owner_class import finish_owner, refresh_owner
+from misscompile.hosts.owner_class import before_and_after, finish_owner, readable_code, refresh_owner
 from misscompile.hosts.whole_graph import WholeGraph, base_scope, copy_nodes, record_of, require_container
 from misscompile.passes.find_sites import find_sites, other_readers, sites_by_name
 from misscompile.passes.linear_calls import target_name
@@ -37,6 +38,9 @@ class GraphHost(Host):
     def __init__(self, root: WholeGraph, per_call_site: bool = False) -> None:
         super().__init__(root)
         self.per_call_site = per_call_site
+
+    def result(self, model: Any) -> Any:
+        return self.root
 
     @functools.cached_property
     def scope(self) -> Scope:
@@ -115,6 +119,9 @@ class GraphHost(Host):
     def stored_weight(self, owner: str, site: Site) -> Tensor:
         assert site.path is not None
         return self.root.get_parameter(site.path.parameter)
+
+    def code(self) -> list[str]:
+        return [before_and_after("# whole graph", record_of(self.root).base, readable_code(self.root.graph))]
 
     def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold]:
         folds: dict[object, Fold] = {}

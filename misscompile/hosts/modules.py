@@ -15,7 +15,14 @@ from torch.nn.utils import parametrize
 
 from misscompile.errors import MergeError
 from misscompile.hosts.base import Fold, Host, check_staying, write_copies
-from misscompile.hosts.owner_class import find_foreign_forward, finish_owner, owner_scope
+from misscompile.hosts.owner_class import (
+    REWRITE,
+    Specialised,
+    before_and_after,
+    find_foreign_forward,
+    finish_owner,
+    owner_scope,
+)
 from misscompile.passes.find_sites import linear_shape, other_readers
 from misscompile.passes.trace import probe_opaque
 from misscompile.passes.weight_reads import WeightRead, find_read_weights
@@ -33,6 +40,9 @@ class ModuleHost(Host):
     def __init__(self, root: nn.Module) -> None:
         super().__init__(root)
         self._looked_at: set[nn.Module] = set()
+
+    def result(self, model: Any) -> Any:
+        return model
 
     @functools.cached_property
     def _read_weights(self) -> dict[nn.Module, WeightRead]:
@@ -132,6 +142,22 @@ class ModuleHost(Host):
         weight = self.modules[owner].weight
         assert isinstance(weight, Tensor)
         return weight
+
+    def code(self) -> list[str]:
+        names: dict[Specialised, list[str]] = {}
+        for name, module in self.modules.items():
+            if STATE in vars(module) and (rewrite := getattr(type(module), REWRITE)) is not None:
+                names.setdefault(rewrite, []).append(name or "(root)")
+        parts = []
+        for rewrite, found in names.items():
+            scope = rewrite.base
+            assert scope.shape is not None
+            count = f"{len(found)} owner{'s' * (len(found) != 1)}"
+            listed = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
+            title = f"# {scope.label} {scope.shape[0]}→{scope.shape[1]}, {count}: {listed}"
+            title += f"\n# opaque: {scope.opaque}" if scope.opaque else ""
+            parts.append(before_and_after(title, scope.graph, rewrite.code))
+        return parts
 
     def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold]:
         groups: dict[object, dict[str, nn.Module]] = {}

@@ -13,7 +13,7 @@ from misscompile.hosts.graphs import GraphHost
 from misscompile.hosts.modules import ModuleHost
 from misscompile.hosts.owner_class import refresh_owner
 from misscompile.hosts.recover import holds_exported_adapters, recover_adapters
-from misscompile.hosts.whole_graph import WholeGraph, copy_graph, derive_graph, record_of, whole_graphs
+from misscompile.hosts.whole_graph import WholeGraph, copy_graph, derive_graph, record_of, swap_base, whole_graphs
 from misscompile.record.state import STATE, OwnerState, swap_kept
 from misscompile.record.walk import check_enabled, join, named_modules, owner_states, owners, unwrap_model
 from misscompile.record.words import Scope
@@ -104,9 +104,7 @@ def swap_merged(root: nn.Module, changed: Mapping[str, nn.Module]) -> None:
     for owner in changed.values():
         swap_kept(owner)
     for graph in whole_graphs(root.modules()):
-        record = record_of(graph)
-        if record.kept_base is not None:
-            record.base, record.kept_base = record.kept_base, record.base
+        swap_base(graph)
 
 
 def forget_kept(root: nn.Module) -> None:

@@ -199,6 +199,11 @@ def readable_code(graph: fx.Graph) -> str:
     return "\n".join(line for line in source.splitlines() if not line.startswith("torch.fx._symbolic_trace.wrap")).strip()
 
 
+def before_and_after(title: str, base: fx.Graph, code: str) -> str:
+    """A section of a dump: the code of a base graph, and that of the graph that was made of it."""
+    return f"{title}\n# before\n{readable_code(base)}\n\n# after\n{code}"
+
+
 def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block, ...], copies: Copies) -> type[AdaptedOwner]:
     """A subclass of `base` with the forward of `scope` in which `blocks` act.
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from misscompile.hosts.base import Host
 from misscompile.hosts.owner_class import find_foreign_forward
 from misscompile.record.state import STATE, OwnerState, base_tensor, copy_name
 from misscompile.record.words import Plan, Target
@@ -56,15 +57,15 @@ def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] |
             plan.copies.setdefault(owner, {})[name] = copied
 
 
-def register_blocks(plan: Plan, in_graph: bool) -> None:
+def register_blocks(host: Host, plan: Plan) -> None:
     """Put every block and copy, and the record of them, on its module. Forwards are not changed."""
     adapter = plan.adapter
     for target in plan.targets:
-        state = _state(target.owner, (target.in_features, target.out_features), in_graph)
+        state = _state(target.owner, (target.in_features, target.out_features), host.in_graph)
         state.blocks[adapter.name], state.adapters[adapter.name] = target.block, adapter
         target.owner.register_parameter(target.block.parameter, plan.parameters[target.name])
     for owner, copies in plan.copies.items():
-        state = _state(owner, None, in_graph)
+        state = _state(owner, None, host.in_graph)
         state.copies[adapter.name], state.adapters[adapter.name] = tuple(copies), adapter
         for name, value in copies.items():
             register = owner.register_parameter if isinstance(value, nn.Parameter) else owner.register_buffer

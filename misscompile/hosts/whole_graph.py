@@ -24,7 +24,7 @@ from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import ADAPT, CAPTURE, run_passes
 from misscompile.passes.unshare_weights import call_name
 from misscompile.record.state import STATE
-from misscompile.record.walk import owner_state
+from misscompile.record.walk import owner_state, owner_states
 from misscompile.record.words import Scope
 
 RECORD = "misscompile"
@@ -80,6 +80,9 @@ class WholeGraph(fx.GraphModule):
         copied = super().__deepcopy__(_copy_graphs_once(self, memo))
         assert isinstance(copied, WholeGraph)
         keep_persistence(copied, self)
+        if any(state.disabled for state in owner_states(self).values()):  # the context will not come back for the copy
+            swap_base(copied)
+            derive_graph(copied)
         return copied
 
 
@@ -87,6 +90,13 @@ def record_of(root: WholeGraph) -> GraphRecord:
     """The record of a whole graph."""
     record: GraphRecord = root.meta[RECORD]
     return record
+
+
+def swap_base(root: WholeGraph) -> None:
+    """Exchange the base graph with the one that a merge kept, where that merge changed it."""
+    record = record_of(root)
+    if record.kept_base is not None:
+        record.base, record.kept_base = record.kept_base, record.base
 
 
 def whole_graphs(modules: Iterable[nn.Module]) -> list[WholeGraph]:

@@ -79,13 +79,13 @@ def adapt(
     create_blocks(plan, autocast_adapter_dtype)
     create_copies(plan)
     install_plan(host, plan)
-    return host.root if host.in_graph else model
+    return host.result(model)
 
 
 def install_plan(host: Host, plan: Plan) -> None:
     """Carry out a complete plan, all or nothing, and tell what it passed over."""
     with transaction(plan.modules, [*(target.owner for target in plan.targets), *plan.copies]) as parameters:
-        register_blocks(plan, host.in_graph)
+        register_blocks(host, plan)
         for parameter in parameters:
             parameter.requires_grad = False  # the method of this name refuses uninitialised parameters
         adapted = {name: module for module, name in plan.modules.items() if STATE in vars(module)}

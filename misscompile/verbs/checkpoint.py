@@ -158,7 +158,7 @@ def load_adapter(
     create_blocks(plan, True, blocks, copy=not low_cpu_mem_usage)
     create_copies(plan, copies, copy=not low_cpu_mem_usage)
     install_plan(host, plan)
-    return host.root if host.in_graph else model
+    return host.result(model)
 
 
 @torch.no_grad()

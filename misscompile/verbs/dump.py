@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 from misscompile.errors import ArgumentError, StateError
-from misscompile.hosts.opening import adapted_owners, open_adapted
-from misscompile.hosts.owner_class import REWRITE, Specialised, readable_code
-from misscompile.hosts.whole_graph import record_of, whole_graphs
+from misscompile.hosts.opening import adapted_owners, hosts_in, open_adapted
 from misscompile.passes.insert_updates import update_form
 from misscompile.record.state import STATE, OwnerState
-from misscompile.record.walk import adapters_of, owner_states, owners
+from misscompile.record.walk import adapters_of, owner_states
 from misscompile.record.words import Block, Site
 from misscompile.variants import VARIANTS
 
@@ -43,7 +41,7 @@ def dump(model: nn.Module, format: Literal["text", "code"] = "text") -> str:
     if format == "text":
         return _text(root)
     if format == "code":
-        return _code(root)
+        return "\n\n\n".join(part for host in hosts_in(root) for part in host.code())
     raise ArgumentError(f"format={format!r}: expected 'text' or 'code'.")
 
 
@@ -112,27 +110,6 @@ def _text(root: nn.Module) -> str:
                 lines.append(f"  trained in full: {name or '(root)'}: {', '.join(state.copies[adapter.name])}")
         lines += [f"  refused: {refusal.name} ({refusal.kind}): {refusal.reason}" for refusal in adapter.refusals]
     return "\n".join(lines)
-
-
-def _code(root: nn.Module) -> str:
-    parts = []
-    for graph in whole_graphs(root.modules()):
-        before, after = readable_code(record_of(graph).base), readable_code(graph.graph)
-        parts.append(f"# whole graph\n# before\n{before}\n\n# after\n{after}")
-    names: dict[Specialised, list[str]] = {}
-    for name, owner in owners(root).items():
-        rewrite: Specialised | None = getattr(type(owner), REWRITE, None)
-        if rewrite is not None:
-            names.setdefault(rewrite, []).append(name or "(root)")
-    for rewrite, sites in names.items():
-        scope = rewrite.base
-        assert scope.shape is not None
-        count = f"{len(sites)} owner{'s' * (len(sites) != 1)}"
-        title = f"{scope.label} {scope.shape[0]}→{scope.shape[1]}, {count}"
-        listed = ", ".join(sites[:4]) + (", …" if len(sites) > 4 else "")
-        note = f"\n# opaque: {scope.opaque}" if scope.opaque else ""
-        parts.append(f"# {title}: {listed}{note}\n# before\n{readable_code(scope.graph)}\n\n# after\n{rewrite.code}")
-    return "\n\n\n".join(parts)
 
 
 def _render(rows: list[tuple[str, ...]]) -> str:
