@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import TwoLinears, fill_blocks, stable_id, tiny_llama, token_batch
+from support import fill_blocks, stable_id
 from torch import Tensor, nn
+from zoo import TwoLinears, tiny_llama, token_batch
 
 import misscompile as mc
 from misscompile import (

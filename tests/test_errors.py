@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
-from support import fill_blocks, stable_id, tiny_bert
+from support import fill_blocks, stable_id
 from torch import Tensor, nn
+from zoo import tiny_bert
 
 import misscompile as mc
 from misscompile import pipeline

@@ -12,18 +12,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import (
-    TwoLinears,
-    adapted,
-    fill_blocks,
-    max_error,
-    reference_delta,
-    tiny_bert,
-    tiny_gpt2,
-    tiny_llama,
-    token_batch,
-)
+from support import adapted, fill_blocks, max_error, reference_delta
 from torch import Tensor, nn
+from zoo import TwoLinears, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 import misscompile as mc
 

@@ -15,9 +15,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import max_error, tiny_bert, tiny_llama, token_batch
+from support import max_error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from zoo import tiny_bert, tiny_llama, token_batch
 
 import misscompile as mc
 
