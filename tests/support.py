@@ -223,3 +223,12 @@ def graph_list(graph: fx.Graph | fx.GraphModule) -> list[tuple[str, str, str, st
     """A graph as a list of its nodes, which is equal for equal graphs."""
     nodes = graph.graph.nodes if isinstance(graph, fx.GraphModule) else graph.nodes
     return [(node.op, str(node.target), str(node.args), str(node.kwargs)) for node in nodes]
+
+
+# Messages
+
+
+def says(message: object, told: str) -> bool:
+    """Whether a message is `told`, where three dots stand for any text."""
+    pieces = [re.escape(piece) for piece in told.split("...")]
+    return re.fullmatch(".*".join(pieces), str(message), re.DOTALL) is not None
