@@ -34,12 +34,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mini": {"r": 5, "init_weights": "mini", "mini_r": 4},
     "bat": {"r": 4, "init_weights": "bat"},
 }
-SHAPES = {
-    "balance": ((5, 8), (5, 20)),
-    "random start": ((3, 8), (3, 20)),
-    "mini": ((5, 4), (5, 4)),
-    "bat": ((2, 4, 4), (5, 4, 4)),
-}
 TARGETS = {"target_modules": ["up", "down"]}
 X = normal(3, 12, seed=2)
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, Any]] = {
@@ -157,8 +151,16 @@ def test_saving_reads_the_blocks_and_changes_nothing(tmp_path: Path) -> None:
 # The files
 
 
-@variants
-def test_keys_shapes_and_metadata(tmp_path: Path, variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "up", "down"),
+    [
+        ("balance", (5, 8), (5, 20)),
+        ("random start", (3, 8), (3, 20)),
+        ("mini", (5, 4), (5, 4)),
+        ("bat", (2, 4, 4), (5, 4, 4)),
+    ],
+)
+def test_keys_shapes_and_metadata(tmp_path: Path, variant: str, up: tuple[int, ...], down: tuple[int, ...]) -> None:
     model = adapted(variant, name="some-name")
     mc.save_adapter(model, tmp_path / "adapter", "some-name")
     assert sorted(os.listdir(tmp_path / "adapter")) == [CONFIG, WEIGHTS]
@@ -166,7 +168,7 @@ def test_keys_shapes_and_metadata(tmp_path: Path, variant: str) -> None:
         assert file.metadata() == {"format": "pt"}
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     assert sorted(found) == [DOWN, UP]
-    assert (found[UP].shape, found[DOWN].shape) == SHAPES[variant]
+    assert (found[UP].shape, found[DOWN].shape) == (up, down)
     assert torch.equal(found[UP], model.get_parameter("up.miss_block_some-name"))
     assert torch.equal(found[DOWN], model.get_parameter("down.miss_block_some-name"))
 
@@ -462,98 +464,71 @@ def first_of_mini() -> nn.Module:
     return adapted("mini", name="first")
 
 
+def merged() -> nn.Module:
+    return mc.merge(first_of_mini(), keep_adapters=True)
+
+
+def meta() -> nn.Module:
+    return adapted().to("meta")
+
+
 def with_second() -> nn.Module:
     return mc.adapt(adapted(), TARGETS | FIELDS["bat"], "second")
 
 
-def load_inside_disable_adapter(model: nn.Module, at: Path) -> None:
+Call = Callable[[Any, Path], Any]
+
+
+def save(*name: Any, to: str = "new") -> Call:
+    return lambda model, home: mc.save_adapter(model, home / to, *name)
+
+
+def load(*name: Any, of: str = "adapter") -> Call:
+    return lambda model, home: mc.load_adapter(model, home / of, *name)
+
+
+def load_inside(model: nn.Module, home: Path) -> None:
     with mc.disable_adapter(model):
-        mc.load_adapter(model, at / "adapter")
+        mc.load_adapter(model, home / "adapter")
 
 
-NONE_SUCH = "the model has no adapter '{}': it has 'default', 'second'."
-NO_NAME = "adapter_name: expected a string, found {}."
-NO_FOLDER = "/{}: there is no such folder; pass one written by save_adapter or by PEFT."
-REFUSALS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Path], Any], type[BaseException], str]] = {
-    # the model, the call in a folder that holds an adapter and a file, the kind, and what is told
-    **{
-        f"save under the name {name!r}": (with_second, lambda m, at, name=name: mc.save_adapter(m, at / "new", name), *told)
-        for name, *told in (
-            ("other", mc.UnknownAdapterError, NONE_SUCH.format("other")),
-            ("", mc.UnknownAdapterError, NONE_SUCH.format("")),
-            (None, mc.ArgumentError, NO_NAME.format("NoneType")),
-            (["default"], mc.ArgumentError, NO_NAME.format("list")),
-        )
-    },
-    "save a model without adapters": (
-        two_linears,
-        lambda m, at: mc.save_adapter(m, at / "new"),
-        mc.UnknownAdapterError,
-        "the model has no adapter 'default': it has none; call adapt or load...",
-    ),
-    "save a block without values": (
-        lambda: adapted().to("meta"),
-        lambda m, at: mc.save_adapter(m, at / "new"),
-        mc.CheckpointError,
-        "...up... is on the meta device and has no values to save...",
-    ),
+HAS = "it has 'default', 'second'."
+NO_NAME = "adapter_name: expected a string, found"
+NO_FOLDER = "there is no such folder; pass one written by save_adapter or by PEFT."
+NO_ADAPTER = f"...{CONFIG}: not found; adapters are in its subfolders ['adapter'..."
+REFUSALS: dict[str, tuple[Callable[[], nn.Module], Call, type[BaseException], str]] = {
+    # the model, the call beside a folder with an adapter and a file, the kind, and what is told
+    "save another": (with_second, save("other"), mc.UnknownAdapterError, f"the model has no adapter 'other': {HAS}"),
+    "save an empty name": (with_second, save(""), mc.UnknownAdapterError, f"the model has no adapter '': {HAS}"),
+    "save None": (with_second, save(None), mc.ArgumentError, f"{NO_NAME} NoneType."),
+    "save a list": (with_second, save(["default"]), mc.ArgumentError, f"{NO_NAME} list."),
+    "save no values": (meta, save(), mc.CheckpointError, "...up... is on the meta device and has no values to save..."),
     "save over a file": (
         adapted,
-        lambda m, at: mc.save_adapter(m, at / "a file"),
+        save(to="a file"),
         mc.CheckpointError,
-        "/.../a file: an adapter is saved into a folder, and this is a file...",
+        "/.../a file: an adapter is saved into a folder...",
     ),
-    **{
-        f"load under the name {name!r}": (
-            first_of_mini,
-            lambda m, at, name=name: mc.load_adapter(m, at / "adapter", name),
-            *told,
-        )
-        for name, *told in (
-            ("first", mc.StateError, "adapter_name='first' is in use (up): choose another name..."),
-            ("a.b", mc.ConfigError, "adapter_name='a.b': a name becomes part of a parameter name..."),
-            ("", mc.ConfigError, "adapter_name=''..."),
-            (7, mc.ArgumentError, NO_NAME.format("int")),
-        )
-    },
-    **{
-        f"load from {name}": (
-            two_linears,
-            lambda m, at, name=name: mc.load_adapter(m, at / name),
-            mc.CheckpointNotFoundError,
-            f"...{NO_FOLDER.format(name)}",
-        )
-        for name in ("nowhere", "a file")
-    },
-    "load from a folder of adapters": (
-        two_linears,
-        lambda m, at: mc.load_adapter(m, at),
-        mc.CheckpointNotFoundError,
-        f"...{CONFIG}: not found; adapters are in its subfolders ['adapter'...",
-    ),
-    "load on a merged model": (
-        lambda: mc.merge(first_of_mini(), keep_adapters=True),
-        lambda m, at: mc.load_adapter(m, at / "adapter"),
-        mc.StateError,
-        "up holds the merged adapter 'first': call unmerge(model)...",
-    ),
-    "load inside disable_adapter": (
+    "load as first": (first_of_mini, load("first"), mc.StateError, "adapter_name='first' is in use (up): choose another..."),
+    "load as a.b": (first_of_mini, load("a.b"), mc.ConfigError, "adapter_name='a.b': a name becomes part of a parameter..."),
+    "load as an empty name": (first_of_mini, load(""), mc.ConfigError, "adapter_name=''..."),
+    "load as a number": (first_of_mini, load(7), mc.ArgumentError, f"{NO_NAME} int."),
+    "load from nowhere": (two_linears, load(of="nowhere"), mc.CheckpointNotFoundError, f"/.../nowhere: {NO_FOLDER}"),
+    "load from a file": (two_linears, load(of="a file"), mc.CheckpointNotFoundError, f"/.../a file: {NO_FOLDER}"),
+    "load from the folder above": (two_linears, load(of=""), mc.CheckpointNotFoundError, NO_ADAPTER),
+    "load on a merged model": (merged, load(), mc.StateError, "up holds the merged adapter 'first': call unmerge(model)..."),
+    "load inside": (
         first_of_mini,
-        load_inside_disable_adapter,
+        load_inside,
         mc.StateError,
-        "...called inside disable_adapter(model): leave the context first...",
+        "...inside disable_adapter(model): leave the context first...",
     ),
-    **{
-        f"{verb.__name__} with {folder!r} for a folder": (
-            make,
-            lambda m, at, verb=verb, folder=folder: verb(m, folder),
-            mc.ArgumentError,
-            f"folder: expected a path, found {type(folder).__name__}...",
-        )
-        for verb, make in ((mc.save_adapter, adapted), (mc.load_adapter, two_linears))
-        for folder in (None, 3, b"adapter", ["adapter"])
-    },
 }
+NO_PATH = "folder: expected a path, found {}..."
+for folder in (None, 3, b"adapter", ["adapter"]):
+    told = NO_PATH.format(type(folder).__name__)
+    REFUSALS[f"save to {folder!r}"] = (adapted, lambda m, _, to=folder: mc.save_adapter(m, to), mc.ArgumentError, told)
+    REFUSALS[f"load from {folder!r}"] = (two_linears, lambda m, _, of=folder: mc.load_adapter(m, of), mc.ArgumentError, told)
 
 
 @pytest.mark.parametrize("case", list(REFUSALS))
@@ -621,19 +596,16 @@ def of_method(config: type[peft.PeftConfig]) -> Break:
     return lambda folder: config(target_modules=["up", "down"]).save_pretrained(folder)
 
 
-NOT_WHOLE = f"{WEIGHTS}: not a whole safetensors file ("
+NOT_WHOLE = ": not a whole safetensors file ("
 NEEDED = "but balance with r=5 on a 8→20 linear needs (5, 20)."
+PICKLES = "There is adapter_model.bin, but pickles are never read: save it with safetensors first."
+NO_MODULE = "is for a module that this model does not have"
 INTEGERS = {"I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn"}
-BROKEN: dict[str, tuple[Break, str]] = {
-    # what happens to the folder, and what is told behind its name
-    "no config": (remove(CONFIG), f"{CONFIG}: not found."),
-    "no weights": (remove(WEIGHTS), f"{WEIGHTS}: not found."),
-    "a folder as config": (folder_in_place_of(CONFIG), f"{CONFIG}: not found."),
-    "a folder as weights": (folder_in_place_of(WEIGHTS), f"{WEIGHTS}: not found."),
-    "a pickle": (
-        pickle_instead,
-        f"{WEIGHTS}: not found. There is adapter_model.bin, but pickles are never read: save it with safetensors first.",
-    ),
+OF_WEIGHTS: dict[str, tuple[Break, str]] = {
+    # what happens to the folder, and what is told behind the name of the file
+    "no weights": (remove(WEIGHTS), ": not found."),
+    "a folder as weights": (folder_in_place_of(WEIGHTS), ": not found."),
+    "a pickle": (pickle_instead, f": not found. {PICKLES}"),
     "a pickle under the name": (lambda folder: torch.save({UP: Bomb()}, folder / WEIGHTS), NOT_WHOLE),
     "a bare pickle": (whole(lambda _: pickle.dumps(Bomb())), NOT_WHOLE),
     "empty weights": (whole(lambda _: b""), NOT_WHOLE),
@@ -641,72 +613,59 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "a git-lfs pointer": (whole(lambda _: b"version https://git-lfs.github.com/spec/v1\nsize 1"), NOT_WHOLE),
     "a huge header": (whole(lambda _: struct.pack("<Q", 2**62) + b"{}"), NOT_WHOLE),
     "a header that is no JSON": (whole(lambda _: struct.pack("<Q", 4) + b"{{{{"), NOT_WHOLE),
-    "a header alone": (whole(lambda _: struct.pack("<Q", 2) + b"{}"), f"{WEIGHTS}...key {UP!r} is missing"),
+    "a header alone": (whole(lambda _: struct.pack("<Q", 2) + b"{}"), f"...key {UP!r} is missing"),
     "cut after 7 bytes": (whole(lambda data: data[:7]), NOT_WHOLE),
     "cut in the header": (whole(lambda data: data[:40]), NOT_WHOLE),
     "cut by one byte": (whole(lambda data: data[:-1]), NOT_WHOLE),
     "cut in the middle": (whole(lambda data: data[:-200]), NOT_WHOLE),
     "bytes too many": (whole(lambda data: data + b"\0" * 8), NOT_WHOLE),
-    # keys
-    "no tensors": (tensors(lambda found: {}), f"{WEIGHTS}...key {UP!r} is missing, although the config chooses"),
-    "a key is missing": (tensors(lambda found: {UP: found[UP]}), f"{WEIGHTS}...key {DOWN!r} is missing"),
-    "a key of no module": (
-        another_key("base_model.model.upp.miss_block"),
-        f"{WEIGHTS}...key 'base_model.model.upp.miss_block' is for a module that this model does not have...closest: 'up'",
-    ),
-    "a key of a module that is not chosen": (
-        fields(target_modules=["up"]),
-        f"{WEIGHTS}...key {DOWN!r} is for a module that the config does not choose.",
-    ),
-    "a key of the root": (
-        another_key("base_model.model.miss_block"),
-        f"{WEIGHTS}...key 'base_model.model.miss_block' is for",
-    ),
-    "two keys of one module": (
-        another_key(UP.replace("up", "_orig_mod.up")),
-        f"{WEIGHTS}...base_model.model._orig_mod.up.miss_block...{UP}",
-    ),
-    "a foreign file": (
-        tensors(lambda found: {"model.up.weight": found[UP]}),
-        f"{WEIGHTS}...key 'model.up.weight' is not one of...base_model.model.",
-    ),
-    "a key of LoRA": (
-        another_key("base_model.model.up.lora_A.weight"),
-        f"{WEIGHTS}...key 'base_model.model.up.lora_A.weight' is",
-    ),
-    "a key with an adapter name": (another_key(f"{UP}.default"), f"{WEIGHTS}...key '{UP}.default' is"),
-    # shapes and dtypes
-    "a transposed block": (block(lambda b: b.t()), f"{WEIGHTS}...key {DOWN!r} has shape (20, 5), {NEEDED}"),
-    "a row too many": (block(lambda b: torch.cat([b, b[:1]])), f"{WEIGHTS}...key {DOWN!r} has shape (6, 20), {NEEDED}"),
-    "a flat block": (block(lambda b: b.flatten()), f"{WEIGHTS}...key {DOWN!r} has shape (100,), {NEEDED}"),
-    "a scalar": (block(lambda b: b[0, 0]), f"{WEIGHTS}...key {DOWN!r} has shape (), {NEEDED}"),
-    "no rows": (block(lambda b: b[:0]), f"{WEIGHTS}...key {DOWN!r} has shape (0, 20), {NEEDED}"),
+    "no tensors": (tensors(lambda found: {}), f"...key {UP!r} is missing, although the config chooses"),
+    "a key is missing": (tensors(lambda found: {UP: found[UP]}), f"...key {DOWN!r} is missing"),
+    "no module": (another_key("base_model.model.upp.miss_block"), f"...model.upp.miss_block' {NO_MODULE}...closest: 'up'"),
+    "not chosen": (fields(target_modules=["up"]), f"...key {DOWN!r} is for a module that the config does not choose."),
+    "a key of the root": (another_key("base_model.model.miss_block"), "...key 'base_model.model.miss_block' is for"),
+    "twice": (another_key(UP.replace("up", "_orig_mod.up")), f"...base_model.model._orig_mod.up.miss_block...{UP}"),
+    "foreign": (tensors(lambda t: {"model.up.weight": t[UP]}), "...key 'model.up.weight' is not one of...base_model.model."),
+    "a key of LoRA": (another_key("base_model.model.up.lora_A.weight"), "...key 'base_model.model.up.lora_A.weight' is"),
+    "a key with an adapter name": (another_key(f"{UP}.default"), f"...key '{UP}.default' is"),
+    "a transposed block": (block(lambda b: b.t()), f"...key {DOWN!r} has shape (20, 5), {NEEDED}"),
+    "a row too many": (block(lambda b: torch.cat([b, b[:1]])), f"...key {DOWN!r} has shape (6, 20), {NEEDED}"),
+    "a flat block": (block(lambda b: b.flatten()), f"...key {DOWN!r} has shape (100,), {NEEDED}"),
+    "a scalar": (block(lambda b: b[0, 0]), f"...key {DOWN!r} has shape (), {NEEDED}"),
+    "no rows": (block(lambda b: b[:0]), f"...key {DOWN!r} has shape (0, 20), {NEEDED}"),
     **{
         f"dtype {name}": (
             block(lambda b, dtype=dtype: b.to(getattr(torch, dtype))),  # type: ignore[misc]
-            f"{WEIGHTS}...key {DOWN!r} has dtype {name}; a block has one of F64, F32, F16, BF16.",
+            f"...key {DOWN!r} has dtype {name}; a block has one of F64, F32, F16, BF16.",
         )
         for name, dtype in INTEGERS.items()
     },
-    # the config
-    "another r": (fields(r=4), f"{WEIGHTS}...key {UP!r} has shape (5, 8)...r=4...needs (4, 8)"),
-    "another variant": (fields(init_weights="mini", mini_r=4), f"{WEIGHTS}...{UP!r} has shape (5, 8)...mini"),
-    "an r that does not fit": (fields(init_weights="bat"), "does not fit this model...MissConfig.r=5"),
-    "an r above the width": (fields(r=9), "does not fit this model...MissConfig.r=9...down (8→20)"),
-    "a config of LoRA": (of_method(peft.LoraConfig), f"{CONFIG}...MissConfig.peft_type='LORA'"),
-    "a config of OFT": (of_method(peft.OFTConfig), f"{CONFIG}...MissConfig.peft_type='OFT'"),
-    "an empty config": (text(""), CONFIG),
-    "a cut config": (text('{"peft_type": "MISS", "r":'), CONFIG),
-    "a config that is a list": (text('["MISS"]'), f"{CONFIG}...expected a JSON object, found list"),
-    "a config that is no UTF-8": (text(b'{"r": "\xff\xfe"}'), f"{CONFIG}...utf-8"),
-    "a text as r": (fields(r="5"), f"{CONFIG}...MissConfig.r='5': expected an integer"),
-    "no r": (fields(r=None), f"{CONFIG}...MissConfig.r=None"),
-    "an unknown variant": (fields(init_weights="BAT"), f"{CONFIG}...MissConfig.init_weights='BAT'"),
-    "names that match nothing": (
-        fields(target_modules=["q_proj"]),
-        "does not fit this model...target_modules=['q_proj'] matches no module",
-    ),
-    "no names, and a model of no known type": (fields(target_modules=None), "target_modules=None"),
+    "another r": (fields(r=4), f"...key {UP!r} has shape (5, 8)...r=4...needs (4, 8)"),
+    "another variant": (fields(init_weights="mini", mini_r=4), f"...{UP!r} has shape (5, 8)...mini"),
+}
+OF_CONFIG: dict[str, tuple[Break, str]] = {
+    "no config": (remove(CONFIG), ": not found."),
+    "a folder as config": (folder_in_place_of(CONFIG), ": not found."),
+    "a config of LoRA": (of_method(peft.LoraConfig), "...MissConfig.peft_type='LORA'"),
+    "a config of OFT": (of_method(peft.OFTConfig), "...MissConfig.peft_type='OFT'"),
+    "an empty config": (text(""), ""),
+    "a cut config": (text('{"peft_type": "MISS", "r":'), ""),
+    "a config that is a list": (text('["MISS"]'), "...expected a JSON object, found list"),
+    "a config that is no UTF-8": (text(b'{"r": "\xff\xfe"}'), "...utf-8"),
+    "a text as r": (fields(r="5"), "...MissConfig.r='5': expected an integer"),
+    "no r": (fields(r=None), "...MissConfig.r=None"),
+    "an unknown variant": (fields(init_weights="BAT"), "...MissConfig.init_weights='BAT'"),
+}
+DOES_NOT_FIT: dict[str, tuple[Break, str]] = {
+    "an r that does not fit": (fields(init_weights="bat"), "...does not fit this model...MissConfig.r=5"),
+    "an r above the width": (fields(r=9), "...does not fit this model...MissConfig.r=9...down (8→20)"),
+    "no match": (fields(target_modules=["q"]), "...does not fit this model...target_modules=['q'] matches no module"),
+    "no names, and a model of no known type": (fields(target_modules=None), "...target_modules=None"),
+}
+BROKEN = {
+    case: (break_it, name + told)
+    for name, table in ((f"/{WEIGHTS}", OF_WEIGHTS), (f"/{CONFIG}", OF_CONFIG), ("", DOES_NOT_FIT))
+    for case, (break_it, told) in table.items()
 }
 
 
@@ -725,7 +684,7 @@ def test_a_broken_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: 
         with pytest.raises(mc.CheckpointError) as caught:
             mc.load_adapter(model, folder)
     assert type(caught.value) is (mc.CheckpointNotFoundError if ": not found." in told else mc.CheckpointError)
-    assert says(caught.value, f"{folder}...{told}..."), caught.value
+    assert says(caught.value, f"{folder}{told}..."), caught.value
     assert snapshot(model, X) == before
     assert not Path("exploded").exists()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -109,15 +110,9 @@ class Attention(nn.Module):
         return y
 
 
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.TransformerEncoderLayer(6, 2, 10, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.encoder(x))
-        return y
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(6, 2, 10, dropout=0.0, batch_first=True)
+    return nn.Sequential(OrderedDict(encoder=layer, head=nn.Linear(6, 4)))
 
 
 class Custom(nn.Module):
@@ -141,16 +136,11 @@ class Scaled(nn.Linear):
 
     scale = 1.0
 
-    def __init__(self, *sizes: int, scale: float | None = 2.0) -> None:
-        super().__init__(*sizes)
-        if scale is not None:  # otherwise it is read off the class
-            self.scale = scale
-
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) * self.scale
 
 
-class ScaledTuple(Scaled):
+class ScaledTuple(nn.Linear):
     def forward(self, x: Tensor) -> Any:
         return F.linear(x, self.weight, self.bias) * self.scale, x
 
@@ -160,8 +150,7 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> Any:
         scores = F.linear(x, self.weight, self.bias)
-        chosen = [row.argmax().item() for row in scores]
-        return scores, chosen
+        return scores, [row.argmax().item() for row in scores]
 
 
 class Grouped(nn.Linear):
@@ -173,10 +162,6 @@ class Grouped(nn.Linear):
 
 class Narrow(nn.Linear):
     """Returns fewer features than it says, how many is an attribute."""
-
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
-        self.keep = 2
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)[..., : self.keep]
@@ -199,8 +184,13 @@ class Answering(nn.Linear):
         return 1.0 if name.startswith("miss_block") else super().__getattr__(name)
 
 
-def chain(kind: type[nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(kind(6, 4), nn.Linear(4, 6))
+def chain(kind: type[nn.Module], **attributes: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        first = kind(6, 4)
+        vars(first).update(attributes)
+        return nn.Sequential(first, nn.Linear(4, 6))
+
+    return make
 
 
 def with_attribute(path: str, name: str, value: Any) -> Callable[[], nn.Module]:
@@ -236,9 +226,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "lazy": lambda: nn.Sequential(nn.Linear(6, 5), nn.LazyLinear(7), nn.Linear(7, 4)),
     "attention alone": lambda: nn.MultiheadAttention(6, 2),
     "attention": seeded(Attention),
-    "encoder": seeded(Encoder),
+    "encoder": seeded(encoder),
     "custom": seeded(Custom),
-    **{kind.__name__: chain(kind) for kind in (Scaled, ScaledTuple, Grouped, Narrow, Answering)},
+    "scaled": chain(Scaled, scale=2.0),
+    "scaled by its class": chain(Scaled),
+    "tuple": chain(ScaledTuple, scale=2.0),
+    "grouped": chain(Grouped),
+    "narrow": chain(Narrow, keep=2),
+    "answering": chain(Answering),
     "Mamba": seeded(lambda: MambaForCausalLM(MambaConfig(**MAMBA))),
     "Mixtral": seeded(lambda: MixtralForCausalLM(MixtralConfig(**MIXTRAL))),
     "BERT": tiny_bert,
@@ -265,9 +260,9 @@ REFUSED: dict[str, tuple[str, str, str, list[str]]] = {
     "encoder attention": ("encoder", "encoder.self_attn.out_proj", BYPASSED, ["head"]),
     "custom parent": ("custom", "proj", f"Custom {BYPASSED}", ["tied"]),
     "lazy": ("lazy", "1", "its shape is not known yet; run the model once on real input first", ["0", "2"]),
-    "tuple": ("ScaledTuple", "0", "found a tuple", ["1"]),
-    "grouped": ("Grouped", "0", "its forward is not a function of one input", ["1"]),
-    "narrow": ("Narrow", "0", "last dimension is 4, found a tensor of shape (2, 2)", ["1"]),
+    "tuple": ("tuple", "0", "found a tuple", ["1"]),
+    "grouped": ("grouped", "0", "its forward is not a function of one input", ["1"]),
+    "narrow": ("narrow", "0", "last dimension is 4, found a tensor of shape (2, 2)", ["1"]),
 }
 
 
@@ -364,7 +359,8 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, str]]] = 
         ),
     ],
     ("no linear", "adapt", mc.NoMatchError, "no linear"): [
-        (ALL, "target_modules='all-linear': the model has no linear module beside its output layer.")
+        (targets(name), "target_modules='all-linear': the model has no linear module beside its output layer.")
+        for name in ("all-linear", "All-Linear")
     ],
     ("no linear to adapt", "adapt", mc.NoMatchError, "attention alone"): [
         (
@@ -439,7 +435,7 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, str]]] = 
         (named("q_proj", "experts"), "...model.layers.0.mlp.experts (MixtralExperts)..."),
         (named("q_proj", "gate"), "...model.layers.0.mlp.gate (MixtralTopKRouter)..."),
     ],
-    ("bat on a forward that stays opaque", "adapt", mc.UnsupportedModuleError, "Scaled"): [
+    ("bat on a forward that stays opaque", "adapt", mc.UnsupportedModuleError, "scaled"): [
         (
             named("0", init_weights="bat"),
             "...0 (Scaled)...self.scale...'bat' needs the weight itself (init_weights=True or 'mini' do not)...",
@@ -448,7 +444,7 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, str]]] = 
     ("an attribute of the block's name", "adapt", mc.UnsupportedModuleError, "with a buffer"): [
         (named("head"), f"...head (Linear): {HAS_BLOCK}...")
     ],
-    ("a made up attribute of that name", "adapt", mc.UnsupportedModuleError, "Answering"): [
+    ("a made up attribute of that name", "adapt", mc.UnsupportedModuleError, "answering"): [
         (named("0"), f"...0 (Answering): {HAS_BLOCK}...")
     ],
     # a wrong state
@@ -644,7 +640,7 @@ def test_an_entry_without_a_match_is_told_and_the_rest_is_adapted() -> None:
         ("encoder", ALL | {"exclude_modules": ["encoder.linear1", "encoder.linear2", "encoder.self_attn.out_proj"]}),
         ("custom", ALL | {"exclude_modules": ["proj"]}),
         ("lazy", ALL | {"exclude_modules": ["1"]}),
-        ("Scaled", named("0", init_weights="mini", mini_r=2)),
+        ("scaled", named("0", init_weights="mini", mini_r=2)),
         *[("plain", named("q_proj", r=r, init_weights="bat")) for r in (1, 2, 4)],
         *[("plain", named("head", r=12, init_weights="mini", mini_r=r)) for r in (1, 3, 9)],
     ],
@@ -721,11 +717,10 @@ def test_unusual_linears_that_can_be_traced_are_adapted_for_real(kind: type[nn.L
 
 
 def test_an_attribute_that_a_forward_reads_off_its_class_is_not_frozen_either() -> None:
-    model: Any = nn.Sequential(Scaled(6, 4, scale=None))
+    model: Any = mc.adapt(MODELS["scaled by its class"](), named("0"))
     x = torch.randn(3, 6)
-    mc.adapt(model, named("0"))
     model[0].scale = 3.0
-    torch.testing.assert_close(model(x), 3 * F.linear(x, model[0].weight, model[0].bias), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model[0](x), 3 * F.linear(x, model[0].weight, model[0].bias), rtol=0, atol=1e-6)
 
 
 # transformers

@@ -314,12 +314,6 @@ def test_no_match(fields: dict[str, Any], message: str) -> None:
     assert str(caught.value) == f"target_modules={message}"
 
 
-def test_no_match_for_all_linear() -> None:
-    with pytest.raises(NoMatchError) as caught:
-        select_names(MissConfig(target_modules="All-Linear"), ["a", "b"], "All-Linear", [])
-    assert str(caught.value) == "target_modules='all-linear': the model has no linear module beside its output layer."
-
-
 @pytest.mark.parametrize(
     ("name", "patterns", "expected"),
     [
