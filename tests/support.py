@@ -232,3 +232,25 @@ def says(message: object, told: str) -> bool:
     """Whether a message is `told`, where three dots stand for any text."""
     pieces = [re.escape(piece) for piece in told.split("...")]
     return re.fullmatch(".*".join(pieces), str(message), re.DOTALL) is not None
+
+
+# Errors in the middle
+
+
+class Trap:
+    """Counts the calls of what it guards and raises at the k-th, before or after that one is done."""
+
+    def __init__(self, at: int, error: BaseException, done: bool = False) -> None:
+        self.at, self.error, self.done, self.calls = at, error, done, 0
+
+    def guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.at and not self.done:
+                raise self.error
+            result = function(*args, **kwargs)
+            if self.calls == self.at:
+                raise self.error
+            return result
+
+        return guarded

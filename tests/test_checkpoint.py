@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import blocks_of, fill_blocks, run, same, says, snapshot, stable_id
+from support import Trap, blocks_of, fill_blocks, run, same, says, snapshot, stable_id
 from torch import Tensor, nn
 from zoo import normal, seeded, tiny_llama, token_batch, two_linears
 
@@ -738,16 +738,9 @@ def test_an_error_half_way_through_the_registration_leaves_the_model(
     mc.save_adapter(adapted("balance"), tmp_path)
     model = first_of_mini()
     before = snapshot(model, X)
-    register, calls = nn.Module.register_parameter, []
-
-    def fail_at_the_second(self: nn.Module, name: str, param: Any) -> None:
-        calls.append(name)
-        if len(calls) == 2:
-            raise RuntimeError("out of memory")
-        register(self, name, param)
-
-    monkeypatch.setattr(nn.Module, "register_parameter", fail_at_the_second)
+    trap = Trap(2, RuntimeError("out of memory"))
+    monkeypatch.setattr(nn.Module, "register_parameter", trap.guard(nn.Module.register_parameter))
     with pytest.raises(RuntimeError, match="out of memory"):
         mc.load_adapter(model, tmp_path)
-    assert calls == ["miss_block_default", "miss_block_default"]
+    assert trap.calls == 2
     assert snapshot(model, X) == before

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
-from support import fill_blocks, max_error, reference_delta, run, says, snapshot, stable_id
+from support import Trap, fill_blocks, max_error, reference_delta, run, says, snapshot, stable_id
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 from zoo import seeded, tiny_bert
@@ -790,30 +790,18 @@ STEPS: dict[str, tuple[Any, str]] = {
 def test_an_error_at_any_owner_leaves_the_model(base: str, step: str, error: BaseException, done: bool) -> None:
     """Each call of the step raises once, before or after it did its work, until adapt gets through."""
     owner, attribute = STEPS[step]
-    real = getattr(owner, attribute)
     model = MODELS[base]()
     before = picture(model, TOKENS)
     for k in itertools.count(1):
-        calls = 0
-
-        def fail_at_k(*args: Any, k: int = k, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == k and not done:
-                raise error
-            result = real(*args, **kwargs)
-            if calls == k:
-                raise error
-            return result
-
+        trap, caught = Trap(k, error, done), None
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(owner, attribute, fail_at_k, raising=False)
+            monkeypatch.setattr(owner, attribute, trap.guard(getattr(owner, attribute)), raising=False)
             try:
                 mc.adapt(model, ALL, "second")
             except (OutOfLuckError, KeyboardInterrupt) as raised:
                 caught = raised
-            else:
-                break
+        if trap.calls < k:
+            break
         assert caught is error
         assert picture(model, TOKENS) == before
     assert k > 5  # one of each of the five owners, at least
@@ -823,15 +811,9 @@ def test_an_error_at_any_owner_leaves_the_model(base: str, step: str, error: Bas
 def test_an_error_while_set_adapter_chooses_what_trains_leaves_the_model() -> None:
     model = mc.adapt(adapted(), ALL, "second")
     before = picture(model, TOKENS)
-    real, calls = nn.Parameter.requires_grad_, itertools.count(1)
-
-    def fail_at_fifth(parameter: nn.Parameter, flag: bool) -> Tensor:
-        if next(calls) == 5:
-            raise OutOfLuckError
-        return real(parameter, flag)
-
+    trap = Trap(5, OutOfLuckError())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.Parameter, "requires_grad_", fail_at_fifth, raising=False)
+        patch.setattr(nn.Parameter, "requires_grad_", trap.guard(nn.Parameter.requires_grad_), raising=False)
         with pytest.raises(OutOfLuckError):
             mc.set_adapter(model, "first")
     assert picture(model, TOKENS) == before

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import Trap
 
 from misscompile import files  # internal: adapters are saved by its replace_files
 
@@ -219,54 +220,31 @@ def test_the_working_directory_stays_usable(home: Path, route: str, monkeypatch:
 
 # Errors on the way: an exception at every step
 
-STEPS = ("open", "write", "os.fsync", "os.replace", "os.rename", "os.link", "shutil.copytree", "shutil.copy2", "Path.chmod")
-STEPS += ("rename2",)
-EXCHANGE_ONLY = {"os.link", "shutil.copytree", "rename2"}
+STEPS = ("Path.open", "write", "os.fsync", "os.replace", "os.rename", "os.link", "shutil.copytree", "shutil.copy2")
+STEPS += ("Path.chmod", "renameat2")
+EXCHANGE_ONLY = {"os.link", "shutil.copytree", "renameat2"}
 
 
-class Trap:
-    """Counts the calls of one step and raises at the k-th, before or after the step is done."""
+def install(trap: Trap, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    real_open, real_cdll = Path.open, ctypes.CDLL
 
-    def __init__(self, at: int, error: BaseException, done: bool = False) -> None:
-        self.at, self.error, self.done, self.calls = at, error, done, 0
+    @contextlib.contextmanager
+    def torn(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with real_open(path, mode, *args, **kwargs) as file:
+            write = trap.guard(lambda data: file.write(data[:3]) and file.write(data[3:]))
+            yield SimpleNamespace(write=write, read=file.read, flush=file.flush, fileno=file.fileno)
 
-    def guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.at and not self.done:
-                raise self.error
-            result = function(*args, **kwargs)
-            if self.calls == self.at:
-                raise self.error
-            return result
+    def libc(*args: Any, **kwargs: Any) -> SimpleNamespace:
+        return SimpleNamespace(renameat2=trap.guard(real_cdll(*args, **kwargs).renameat2))
 
-        return guarded
-
-    def install(self, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-        real_open, real_cdll = Path.open, ctypes.CDLL
-        if step == "open":
-            monkeypatch.setattr(Path, "open", self.guard(Path.open))
-        elif step == "write":
-
-            @contextlib.contextmanager
-            def torn(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Iterator[Any]:
-                with real_open(path, mode, *args, **kwargs) as file:
-                    yield SimpleNamespace(
-                        write=self.guard(lambda data: file.write(data[:3]) and file.write(data[3:])),
-                        read=file.read,
-                        flush=file.flush,
-                        fileno=file.fileno,
-                    )
-
-            monkeypatch.setattr(Path, "open", torn)
-        elif step == "rename2":
-            monkeypatch.setattr(
-                ctypes, "CDLL", lambda *a, **k: SimpleNamespace(renameat2=self.guard(real_cdll(*a, **k).renameat2))
-            )
-        else:
-            owner, name = step.split(".")
-            target: Any = {"os": os, "shutil": shutil, "Path": Path}[owner]
-            monkeypatch.setattr(target, name, self.guard(getattr(target, name)))
+    if step == "write":
+        monkeypatch.setattr(Path, "open", torn)
+    elif step == "renameat2":
+        monkeypatch.setattr(ctypes, "CDLL", libc)
+    else:
+        owner, name = step.split(".")
+        target: Any = {"os": os, "shutil": shutil, "Path": Path}[owner]
+        monkeypatch.setattr(target, name, trap.guard(getattr(target, name)))
 
 
 def attempts(
@@ -282,8 +260,8 @@ def attempts(
         with pytest.MonkeyPatch.context() as monkeypatch:
             if not exchange:
                 refuse_exchange(monkeypatch, None)
-            if step != "rename2" or exchange:
-                trap.install(monkeypatch, step)
+            if step != "renameat2" or exchange:
+                install(trap, monkeypatch, step)
             try:
                 files.replace_files(home / "adapter", NEW)
             except (OSError, KeyboardInterrupt) as caught:
@@ -323,13 +301,13 @@ def test_an_error_at_any_step_leaves_the_old_files(
         check_whole(home, before, failed=not handled and step != "os.fsync")  # the last sync comes when all is done
     expected = {"os.rename": before is None, "Path.chmod": before is None, "os.replace": before is not None and not exchange}
     expected |= {"shutil.copy2": before == OLD | OTHERS and not exchange, "os.link": before is not None}
-    expected |= {"shutil.copytree": before is not None, "rename2": before is not None and exchange}
+    expected |= {"shutil.copytree": before is not None, "renameat2": before is not None and exchange}
     assert (reached > 0) == expected.get(step, True)
 
 
 @exchanges
 @pytest.mark.parametrize("before", [None, OLD | OTHERS], ids=["new folder", "old files"])
-@pytest.mark.parametrize("step", ["os.replace", "os.rename", "rename2", "os.fsync"])
+@pytest.mark.parametrize("step", ["os.replace", "os.rename", "renameat2", "os.fsync"])
 def test_an_interrupt_right_after_any_step_leaves_all_old_or_all_new(
     tmp_path: Path, before: Mapping[str, bytes] | None, exchange: bool, step: str
 ) -> None:
