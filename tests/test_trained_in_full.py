@@ -108,10 +108,13 @@ def test_what_is_trained_in_full_starts_at_the_base_and_trains(case: str) -> Non
 
 @cases
 @pytest.mark.parametrize("end", [mc.unload, lambda model: mc.delete_adapter(model, "default")], ids=["unload", "delete"])
-def test_disable_and_unload_restore_every_bit(case: str, end: Callable[[nn.Module], Any]) -> None:
+def test_the_names_stay_and_disable_and_unload_restore_every_bit(case: str, end: Callable[[nn.Module], Any]) -> None:
     model, base = adapted(case), plain()
     expected = run(model, X)
     assert max_error(expected, run(base, X)) > 1e-2
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in base.named_modules()]  # no wrapper
+    assert all(isinstance(module, type(base.get_submodule(name))) for name, module in model.named_modules())
+    assert same({name: value for name, value in state(model).items() if "miss_" not in name}, state(base))
     with mc.disable_adapter(model):
         assert torch.equal(run(model, X), run(base, X))
     assert torch.equal(run(model, X), expected)
@@ -119,15 +122,6 @@ def test_disable_and_unload_restore_every_bit(case: str, end: Callable[[nn.Modul
     assert same(state(model), state(base))
     assert torch.equal(run(model, X), run(base, X))
     assert {name: type(m) for name, m in model.named_modules()} == {name: type(m) for name, m in base.named_modules()}
-
-
-@cases
-def test_there_is_no_wrapper_and_no_name_changes(case: str) -> None:
-    model, base = adapted(case), plain()
-    assert [name for name, _ in model.named_modules()] == [name for name, _ in base.named_modules()]
-    assert all(isinstance(module, type(base.get_submodule(name))) for name, module in model.named_modules())
-    own = {name: value for name, value in state(model).items() if "miss_" not in name}
-    assert same(own, state(base))
 
 
 def test_one_copy_for_each_adapter() -> None:
