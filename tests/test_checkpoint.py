@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -460,22 +461,14 @@ def test_a_disk_that_fails_leaves_the_old_adapter(tmp_path: Path, monkeypatch: p
 # A call that is wrong: the model and the folders are as they were
 
 
-def first_of_mini() -> nn.Module:
-    return adapted("mini", name="first")
-
-
-def merged() -> nn.Module:
-    return mc.merge(first_of_mini(), keep_adapters=True)
-
-
-def meta() -> nn.Module:
-    return adapted().to("meta")
-
-
-def with_second() -> nn.Module:
-    return mc.adapt(adapted(), TARGETS | FIELDS["bat"], "second")
-
-
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "plain": two_linears,
+    "adapted": adapted,
+    "first": lambda: adapted("mini", name="first"),
+    "merged": lambda: mc.merge(adapted("mini", name="first"), keep_adapters=True),
+    "meta": lambda: adapted().to("meta"),
+    "both": lambda: mc.adapt(adapted(), TARGETS | FIELDS["bat"], "second"),
+}
 Call = Callable[[Any, Path], Any]
 
 
@@ -496,47 +489,47 @@ HAS = "it has 'default', 'second'."
 NO_NAME = "adapter_name: expected a string, found"
 NO_FOLDER = "there is no such folder; pass one written by save_adapter or by PEFT."
 NO_ADAPTER = f"...{CONFIG}: not found; adapters are in its subfolders ['adapter'..."
-REFUSALS: dict[str, tuple[Callable[[], nn.Module], Call, type[BaseException], str]] = {
+REFUSALS: dict[str, tuple[str, Call, type[BaseException], str]] = {
     # the model, the call beside a folder with an adapter and a file, the kind, and what is told
-    "save another": (with_second, save("other"), mc.UnknownAdapterError, f"the model has no adapter 'other': {HAS}"),
-    "save an empty name": (with_second, save(""), mc.UnknownAdapterError, f"the model has no adapter '': {HAS}"),
-    "save None": (with_second, save(None), mc.ArgumentError, f"{NO_NAME} NoneType."),
-    "save a list": (with_second, save(["default"]), mc.ArgumentError, f"{NO_NAME} list."),
-    "save no values": (meta, save(), mc.CheckpointError, "...up... is on the meta device and has no values to save..."),
+    "save another": ("both", save("other"), mc.UnknownAdapterError, f"the model has no adapter 'other': {HAS}"),
+    "save an empty name": ("both", save(""), mc.UnknownAdapterError, f"the model has no adapter '': {HAS}"),
+    "save None": ("both", save(None), mc.ArgumentError, f"{NO_NAME} NoneType."),
+    "save a list": ("both", save(["default"]), mc.ArgumentError, f"{NO_NAME} list."),
+    "save no values": ("meta", save(), mc.CheckpointError, "...up... is on the meta device and has no values to save..."),
     "save over a file": (
-        adapted,
+        "adapted",
         save(to="a file"),
         mc.CheckpointError,
         "/.../a file: an adapter is saved into a folder...",
     ),
-    "load as first": (first_of_mini, load("first"), mc.StateError, "adapter_name='first' is in use (up): choose another..."),
-    "load as a.b": (first_of_mini, load("a.b"), mc.ConfigError, "adapter_name='a.b': a name becomes part of a parameter..."),
-    "load as an empty name": (first_of_mini, load(""), mc.ConfigError, "adapter_name=''..."),
-    "load as a number": (first_of_mini, load(7), mc.ArgumentError, f"{NO_NAME} int."),
-    "load from nowhere": (two_linears, load(of="nowhere"), mc.CheckpointNotFoundError, f"/.../nowhere: {NO_FOLDER}"),
-    "load from a file": (two_linears, load(of="a file"), mc.CheckpointNotFoundError, f"/.../a file: {NO_FOLDER}"),
-    "load from the folder above": (two_linears, load(of=""), mc.CheckpointNotFoundError, NO_ADAPTER),
-    "load on a merged model": (merged, load(), mc.StateError, "up holds the merged adapter 'first': call unmerge(model)..."),
-    "load inside": (
-        first_of_mini,
-        load_inside,
+    "load as first": ("first", load("first"), mc.StateError, "adapter_name='first' is in use (up): choose another..."),
+    "load as a.b": ("first", load("a.b"), mc.ConfigError, "adapter_name='a.b': a name becomes part of a parameter..."),
+    "load as an empty name": ("first", load(""), mc.ConfigError, "adapter_name=''..."),
+    "load as a number": ("first", load(7), mc.ArgumentError, f"{NO_NAME} int."),
+    "load from nowhere": ("plain", load(of="nowhere"), mc.CheckpointNotFoundError, f"/.../nowhere: {NO_FOLDER}"),
+    "load from a file": ("plain", load(of="a file"), mc.CheckpointNotFoundError, f"/.../a file: {NO_FOLDER}"),
+    "load from the folder above": ("plain", load(of=""), mc.CheckpointNotFoundError, NO_ADAPTER),
+    "load on a merged model": (
+        "merged",
+        load(),
         mc.StateError,
-        "...inside disable_adapter(model): leave the context first...",
+        "up holds the merged adapter 'first': call unmerge(model)...",
     ),
+    "load inside": ("first", load_inside, mc.StateError, "...inside disable_adapter(model): leave the context first..."),
 }
 NO_PATH = "folder: expected a path, found {}..."
 for folder in (None, 3, b"adapter", ["adapter"]):
     told = NO_PATH.format(type(folder).__name__)
-    REFUSALS[f"save to {folder!r}"] = (adapted, lambda m, _, to=folder: mc.save_adapter(m, to), mc.ArgumentError, told)
-    REFUSALS[f"load from {folder!r}"] = (two_linears, lambda m, _, of=folder: mc.load_adapter(m, of), mc.ArgumentError, told)
+    REFUSALS[f"save to {folder!r}"] = ("adapted", lambda m, _, to=folder: mc.save_adapter(m, to), mc.ArgumentError, told)
+    REFUSALS[f"load from {folder!r}"] = ("plain", lambda m, _, of=folder: mc.load_adapter(m, of), mc.ArgumentError, told)
 
 
 @pytest.mark.parametrize("case", list(REFUSALS))
 def test_a_wrong_call(tmp_path: Path, case: str) -> None:
-    make, call, kind, told = REFUSALS[case]
+    base, call, kind, told = REFUSALS[case]
     mc.save_adapter(adapted("balance"), tmp_path / "adapter")
     (tmp_path / "a file").write_text("a file")
-    model = make()
+    model = BASES[base]()
     x = () if next(model.parameters()).is_meta else (X,)
     before = snapshot(model, *x)
     with pytest.raises(kind) as caught:
@@ -669,15 +662,15 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("base", [two_linears, first_of_mini], ids=["plain", "adapted"])
+@pytest.mark.parametrize("base", ["plain", "first"])
 @pytest.mark.parametrize("case", list(BROKEN))
-def test_a_broken_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, base: Callable[[], nn.Module]) -> None:
+def test_a_broken_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, base: str) -> None:
     break_it, told = BROKEN[case]
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "adapter"
     mc.save_adapter(adapted("balance"), folder)
     break_it(folder)
-    model = base()
+    model = BASES[base]()
     before = snapshot(model, X)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the fields of another method
@@ -692,33 +685,32 @@ def test_a_broken_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: 
 def test_the_unbroken_folder_loads(tmp_path: Path) -> None:
     """The cases above fail for what was broken, not for what they share."""
     mc.save_adapter(adapted("balance"), tmp_path)
-    before = snapshot(model := first_of_mini(), X)
+    before = snapshot(model := BASES["first"](), X)
     mc.load_adapter(model, tmp_path)
     assert snapshot(model, X) != before
 
 
-class Other(nn.Module):
-    def __init__(self, up: int, down: int | None, more: bool = False) -> None:
-        super().__init__()
-        self.up = nn.Linear(12, up)
-        if down is not None:
-            self.down = nn.Linear(up, down)
-        if more:
-            self.inner = nn.ModuleDict({"up": nn.Linear(12, 8)})
+MISSING = "key 'base_model.model.inner.up.miss_block' is missing, although the config"
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.up(x)
-        return self.down(y) if hasattr(self, "down") else y
+
+def other(**sizes: tuple[int, int]) -> nn.Module:
+    return nn.Sequential(OrderedDict((name, nn.Linear(*size)) for name, size in sizes.items()))
 
 
 @pytest.mark.parametrize(
     ("base", "told"),
     [
-        (Other(8, None), f"key {DOWN!r} is for a module that this model does not have. Is it the base model that the"),
-        (Other(8, 21), f"key {DOWN!r} has shape (5, 20), but balance with r=5 on a 8→21 linear needs (5, 21)."),
-        (Other(6, 20), f"key {UP!r} has shape (5, 8), but balance with r=5 on a 12→6 linear needs (5, 6)."),
-        (Other(4, 20), "down (4→20): r=5 is more than its 4 input features"),
-        (Other(8, 20, more=True), "key 'base_model.model.inner.up.miss_block' is missing, although the config"),
+        (other(up=(12, 8)), f"key {DOWN!r} {NO_MODULE}. Is it the base model that the"),
+        (
+            other(up=(12, 8), down=(8, 21)),
+            f"key {DOWN!r} has shape (5, 20), but balance with r=5 on a 8→21 linear needs (5, 21).",
+        ),
+        (
+            other(up=(12, 6), down=(6, 20)),
+            f"key {UP!r} has shape (5, 8), but balance with r=5 on a 12→6 linear needs (5, 6).",
+        ),
+        (other(up=(12, 4), down=(4, 20)), "down (4→20): r=5 is more than its 4 input features"),
+        (nn.Sequential(OrderedDict(up=nn.Linear(12, 8), down=nn.Linear(8, 20), inner=other(up=(20, 8)))), MISSING),
         (nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 20)), f"key {DOWN!r} is for a module that this model does not"),
     ],
     ids=["a module less", "other out", "other width", "too narrow", "a module more", "other names"],
@@ -736,7 +728,7 @@ def test_an_error_half_way_through_the_registration_leaves_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mc.save_adapter(adapted("balance"), tmp_path)
-    model = first_of_mini()
+    model = BASES["first"]()
     before = snapshot(model, X)
     trap = Trap(2, RuntimeError("out of memory"))
     monkeypatch.setattr(nn.Module, "register_parameter", trap.guard(nn.Module.register_parameter))

@@ -140,11 +140,9 @@ def test_arguments_are_keywords_only() -> None:
         MissConfig(8)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    ("init_weights", "variant"), [(True, "balance"), (False, "balance"), ("mini", "mini"), ("bat", "bat")]
-)
-def test_variant(init_weights: Any, variant: str) -> None:
-    assert MissConfig(init_weights=init_weights).variant == variant
+@pytest.mark.parametrize(("value", "variant"), [(True, "balance"), (False, "balance"), ("mini", "mini"), ("bat", "bat")])
+def test_variant(value: Any, variant: str) -> None:
+    assert MissConfig(init_weights=value).variant == variant
 
 
 @pytest.mark.parametrize(

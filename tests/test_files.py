@@ -358,28 +358,21 @@ spec.loader.exec_module(files)
 os.fsync = lambda handle: None
 new = {name: data.encode() for name, data in new.items()}
 
-def make(folder):
-    if before is not None:
-        folder.mkdir()
-        for name, data in before.items():
-            (folder / name).write_text(data)
-
 def read(folder):
     return {path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else None
 
 def replace_and_crash(folder, at):
     count = 0
-    def step(*args):
+    def step():
         nonlocal count
         count += 1
         if count == at:
             os.kill(os.getpid(), signal.SIGKILL) if crash == "SIGKILL" else os._exit(3)
     def trace(frame, event, arg):
-        if frame.f_code.co_filename != source:
-            return None
-        if event in ("line", "return"):
-            step()
-        return trace
+        if frame.f_code.co_filename == source:
+            if event in ("line", "return"):
+                step()
+            return trace
     def audit(event, arguments):
         if event.partition(".")[0] in ("open", "os", "shutil", "tempfile", "ctypes"):
             step()
@@ -389,24 +382,25 @@ def replace_and_crash(folder, at):
     sys.settrace(None)
     os._exit(7)
 
-found, status, at = [], None, 0
-while status != 7 and at < 2000:
-    at += 1
-    home = Path(root, str(at))
-    home.mkdir()
-    folder = home / "adapter"
-    make(folder)
+found, status = [], None
+while status != 7 and len(found) < 2000:
+    folder = Path(root, str(len(found)), "adapter")
+    folder.parent.mkdir()
+    if before is not None:
+        folder.mkdir()
+        for name, data in before.items():
+            (folder / name).write_text(data)
     child = os.fork()
     if child == 0:
         try:
-            replace_and_crash(folder, at)
+            replace_and_crash(folder, len(found) + 1)
         finally:
             os._exit(1)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     crashed = read(folder)
     files.replace_files(folder, new)
     found.append([status, crashed, read(folder)])
-    shutil.rmtree(home)
+    shutil.rmtree(folder.parent)
 print(json.dumps(found))
 """
 """Save once for every line of `files` and every system call below it, and die there; then save again."""

@@ -99,17 +99,6 @@ def test_from_a_folder_it_is_what_it_is_from_the_model(tmp_path: Path, base: str
     assert config == expected_config
 
 
-def test_a_folder_of_bone(tmp_path: Path) -> None:
-    model = adapted_linears(True)
-    mc.save_adapter(model, tmp_path)
-    config, tensors = read(tmp_path)
-    renamed = {key.replace("miss_block", "bone_block"): value for key, value in tensors.items()}
-    save_file(renamed, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "BONE"}))
-    mc.save_as_lora(tmp_path, tmp_path / "out", base_model=two_linears())
-    torch.testing.assert_close(run(as_lora(tmp_path / "out"), X), run(model, X), rtol=1e-5, atol=1e-6)
-
-
 def test_a_name_that_ends_another_takes_no_other_module(tmp_path: Path) -> None:
     """`up` in a LoRA's target_modules would also choose `inner.up`."""
 

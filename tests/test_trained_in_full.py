@@ -310,6 +310,9 @@ def test_bone_checkpoints(tmp_path: Path, form: str) -> None:
     assert torch.equal(run(loaded, X), run(model, X))
     swapped = mc.hotswap_adapter(adapted("head", form, seed=8), tmp_path)
     assert torch.equal(run(swapped, X), run(model, X))
+    if form != "bat":  # which a folder alone cannot be a LoRA of
+        mc.save_as_lora(tmp_path, tmp_path / "lora", base_model=plain())
+        assert_close(run(peft.PeftModel.from_pretrained(plain(), tmp_path / "lora").eval(), X), run(model, X))
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
