@@ -322,18 +322,20 @@ MERGED = "layers.0.q_proj holds the merged adapter 'first'"
 INSIDE = "was called inside disable_adapter(model): leave the context first."
 OTHER_CLASS = "layers.1.q_proj: its class became ParametrizedLinear after it was adapted; undo that first"
 INSTEAD = "...Name other modules, or add these to exclude_modules."
+NO_LINEAR = "target_modules='all-linear': the model has no linear module beside its output layer."
+NONE_TO_ADAPT = "target_modules='all-linear': no linear of this model can be adapted..."
+NO_DEFAULT = "target_modules=None: there is no default"
+NEEDS_WEIGHT = "'bat' needs the weight itself (init_weights=True or 'mini' do not)"
 HAS_BLOCK = "it already has an attribute 'miss_block_default'"
 
-TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, str]]] = {
-    # what it is, the call, the kind, the models: rows of an argument of the call and the message, with gaps at ...
+TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, ...]]] = {
+    # what it is, the call, the kind, the models or "": rows of a model if "", the argument, and the message with gaps at ...
     ("no config", "adapt", mc.ArgumentError, "plain, adapted"): [
-        (value, f"{CONFIG} {type(value).__name__}.") for value in (None, 3, "all-linear", [("r", 2)], object(), ["q_proj"])
-    ],
-    ("a class for a config", "adapt", mc.ArgumentError, "plain"): [
-        (kind, f"{CONFIG} ...") for kind in (mc.MissConfig, peft.MissConfig)
-    ],
-    ("another method", "adapt", mc.ConfigError, "plain"): [
-        (peft.LoraConfig(target_modules=["q_proj"]), "MissConfig.peft_type='LORA': expected 'MISS'...")
+        *(
+            (value, f"{CONFIG} {type(value).__name__}.")
+            for value in (None, 3, "all-linear", [("r", 2)], object(), ["q_proj"])
+        ),
+        *((kind, f"{CONFIG} ...") for kind in (mc.MissConfig, peft.MissConfig)),
     ],
     ("a bad field", "adapt all linears with", mc.ConfigError, "plain, adapted"): [
         ({"r": 0}, "MissConfig.r=0: expected an integer of 1 or more."),
@@ -370,23 +372,17 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, str]]] = 
             "...'layers.0.q_proj' and 1 more, but none is in layers_to_transform=[2]...",
         ),
     ],
-    ("no linear", "adapt", mc.NoMatchError, "no linear"): [
-        (targets(name), "target_modules='all-linear': the model has no linear module beside its output layer.")
-        for name in ("all-linear", "All-Linear")
+    ("of one model", "adapt", mc.NoMatchError, ""): [
+        *(("no linear", targets(name), NO_LINEAR) for name in ("all-linear", "All-Linear")),
+        ("attention alone", ALL, f"{NONE_TO_ADAPT}out_proj (NonDynamicallyQuantizableLinear)...{BYPASSED}..."),
+        ("BERT", named("classifer"), "...closest: 'classifier'..."),
     ],
-    ("no linear to adapt", "adapt", mc.NoMatchError, "attention alone"): [
-        (
-            ALL,
-            "target_modules='all-linear': no linear of this model can be adapted..."
-            f"out_proj (NonDynamicallyQuantizableLinear)...{BYPASSED}...",
-        )
-    ],
-    ("a typo in a head", "adapt", mc.NoMatchError, "BERT"): [(named("classifer"), "...closest: 'classifier'...")],
-    ("no default", "adapt", mc.ConfigError, "plain"): [
-        ({"r": 2}, "target_modules=None: there is no default for model_type=None...'all-linear'...q_proj, up_proj, head.")
-    ],
-    ("no default", "adapt", mc.ConfigError, "of type lama"): [
-        ({"r": 2}, "...model_type='lama' (close: ['llama'...q_proj, up_proj, head.")
+    ("of one model", "adapt", mc.ConfigError, ""): [
+        ("plain", {"r": 2}, f"{NO_DEFAULT} for model_type=None...'all-linear'...q_proj, up_proj, head."),
+        ("of type lama", {"r": 2}, f"{NO_DEFAULT} for model_type='lama' (close: ['llama'...q_proj, up_proj, head."),
+        ("linear", ALL | {"r": 7}, "...(root) (6→4)..."),
+        ("20 linears", ALL | {"r": 7}, "...20 of 20...\n  0 (6→4)...\n  1 (6→4)...\n  4 (6→4)...\n  … and 15 more..."),
+        ("plain", peft.LoraConfig(target_modules=["q_proj"]), "MissConfig.peft_type='LORA': expected 'MISS'..."),
     ],
     # Under `python -W error` what adapt tells is raised: then it has to be all or nothing as well.
     ("a warning made an error", "adapt", mc.MissWarning, "plain, adapted"): [
@@ -420,10 +416,6 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, str]]] = 
             "MissConfig.r=13 does not fit 1 of 1...r of 1 to 12 would do...",
         ),
     ],
-    ("a root", "adapt", mc.ConfigError, "linear"): [(ALL | {"r": 7}, "...(root) (6→4)...")],
-    ("many modules are counted", "adapt", mc.ConfigError, "20 linears"): [
-        (ALL | {"r": 7}, "...20 of 20...\n  0 (6→4)...\n  1 (6→4)...\n  4 (6→4)...\n  … and 15 more...")
-    ],
     # modules on which an adapter would have no effect
     ("no linear module", "adapt", mc.UnsupportedModuleError, "plain, adapted"): [
         (named("norm"), f"...norm (LayerNorm): it is not a linear module{INSTEAD}"),
@@ -441,21 +433,12 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, str]]] = 
         for case, (model, name, reason, others) in REFUSED.items()
         if model != "Mixtral"
     },
-    ("fused experts or a router are named", "adapt", mc.UnsupportedModuleError, "Mixtral"): [
-        (named("q_proj", "experts"), "...model.layers.0.mlp.experts (MixtralExperts)..."),
-        (named("q_proj", "gate"), "...model.layers.0.mlp.gate (MixtralTopKRouter)..."),
-    ],
-    ("bat on a forward that stays opaque", "adapt", mc.UnsupportedModuleError, "scaled"): [
-        (
-            named("0", init_weights="bat"),
-            "...0 (Scaled)...self.scale...'bat' needs the weight itself (init_weights=True or 'mini' do not)...",
-        )
-    ],
-    ("an attribute of the block's name", "adapt", mc.UnsupportedModuleError, "with a buffer"): [
-        (named("head"), f"...head (Linear): {HAS_BLOCK}...")
-    ],
-    ("a made up attribute of that name", "adapt", mc.UnsupportedModuleError, "answering"): [
-        (named("0"), f"...0 (Answering): {HAS_BLOCK}...")
+    ("of one model", "adapt", mc.UnsupportedModuleError, ""): [
+        ("Mixtral", named("q_proj", "experts"), "...model.layers.0.mlp.experts (MixtralExperts)..."),
+        ("Mixtral", named("q_proj", "gate"), "...model.layers.0.mlp.gate (MixtralTopKRouter)..."),
+        ("scaled", named("0", init_weights="bat"), f"...0 (Scaled)...self.scale...{NEEDS_WEIGHT}..."),
+        ("with a buffer", named("head"), f"...head (Linear): {HAS_BLOCK}..."),  # of the block's name
+        ("answering", named("0"), f"...0 (Answering): {HAS_BLOCK}..."),  # the class makes up that name
     ],
     # a wrong state
     ("before unmerge", "adapt as second", mc.StateError, "merged"): [
@@ -512,9 +495,9 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, str]]] = 
 
 def rows() -> Iterator[Any]:
     for (what, call, kind, models), cases in TABLE.items():
-        for argument, told in cases:
+        for *one, argument, told in cases:
             shown = stable_id(argument) if len(stable_id(argument)) < 100 else type(argument).__name__
-            for model in models.split(", "):
+            for model in one or models.split(", "):
                 yield pytest.param(model, call, argument, kind, told, id=f"{what}: {call} {shown} on {model}")
 
 
