@@ -185,8 +185,8 @@ def test_keys_of_a_llama(tmp_path: Path) -> None:
 
 def test_the_config_file(tmp_path: Path) -> None:
     mc.save_adapter(adapted("mini", miss_dropout=0.125, task_type="FEATURE_EXTRACTION", revision="v1"), tmp_path)
-    unset = ("auto_mapping", "base_model_name_or_path", "exclude_modules")
-    unset += ("layers_pattern", "layers_to_transform", "modules_to_save")
+    unset = ["auto_mapping", "base_model_name_or_path", "exclude_modules"]
+    unset += ["layers_pattern", "layers_to_transform", "modules_to_save"]
     assert read_config(tmp_path) == dict.fromkeys(unset) | {
         "bias": "none",
         "inference_mode": True,

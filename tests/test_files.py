@@ -22,7 +22,6 @@ from support import Trap
 
 from misscompile import files  # internal: adapters are saved by its replace_files
 
-NAMES = ("config.json", "weights.bin")
 OLD = {"config.json": b"old config", "weights.bin": b"old weights"}
 NEW = {"config.json": b"new config!", "weights.bin": b"new weights!" * 1000}
 OTHERS = {"README.md": b"read me", "sub/inner/data": b"\0\1", "sub/config.json": b"not this one"}
@@ -220,8 +219,8 @@ def test_the_working_directory_stays_usable(home: Path, route: str, monkeypatch:
 
 # Errors on the way: an exception at every step
 
-STEPS = ("Path.open", "write", "os.fsync", "os.replace", "os.rename", "os.link", "shutil.copytree", "shutil.copy2")
-STEPS += ("Path.chmod", "renameat2")
+STEPS = ["Path.open", "write", "os.fsync", "os.replace", "os.rename", "os.link", "shutil.copytree", "shutil.copy2"]
+STEPS += ["Path.chmod", "renameat2"]
 EXCHANGE_ONLY = {"os.link", "shutil.copytree", "renameat2"}
 
 

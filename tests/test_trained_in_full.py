@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import max_error, run, same, shake, snapshot, state
+from support import max_error, run, same, shake, snapshot, state, train_step
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from zoo import normal, seeded, tiny_bert, tiny_llama, token_batch
@@ -96,9 +96,7 @@ def test_what_is_trained_in_full_starts_at_the_base_and_trains(case: str) -> Non
     assert copies(model) == TRAINED[case][1]
     assert len(mc.trainable_parameters(model)) == 2 + len(TRAINED[case][1])
     base, before = state(plain()), state(model)
-    optimizer = torch.optim.SGD([p for _, p in mc.trainable_parameters(model)], lr=0.1)
-    model(X).square().mean().backward()
-    optimizer.step()
+    train_step(model, X)
     after = state(model)
     assert {name for name in after if not torch.equal(after[name], before[name])} == {
         name for name, _ in mc.trainable_parameters(model)
