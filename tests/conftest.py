@@ -14,3 +14,8 @@ import torch
 def _seed_and_clean_compiler() -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

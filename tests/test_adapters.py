@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import TwoLinears, max_error, reference_delta, tiny_llama, token_batch
+from support import max_error, reference_delta
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from zoo import TwoLinears, tiny_llama, token_batch
 
 import misscompile as mc
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import max_error, reference_delta, rms_error, tiny_llama, token_batch
+from support import max_error, reference_delta, rms_error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+from zoo import tiny_llama, token_batch
 
 import misscompile as mc
 from misscompile import bat

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import TwoLinears, max_error, tiny_bert, tiny_llama, token_batch
+from support import max_error
 from torch import Tensor, nn
+from zoo import TwoLinears, tiny_bert, tiny_llama, token_batch
 
 import misscompile as mc
 from misscompile.graphs import WholeGraph, record_of

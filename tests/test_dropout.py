@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import tiny_llama, token_batch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from zoo import tiny_llama, token_batch
 
 import misscompile as mc
 from misscompile.dropout import dropout

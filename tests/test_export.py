@@ -10,8 +10,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from support import VARIANTS, fill_blocks, tiny_bert, token_batch
+from support import VARIANTS, fill_blocks
 from torch import Tensor
+from zoo import tiny_bert, token_batch
 
 import misscompile as mc
 

@@ -18,11 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import Trap
 
-from misscompile import files
-from misscompile.files import replace_files
+from misscompile import files  # internal: adapters are saved by its replace_files
 
-NAMES = ("config.json", "weights.bin")
 OLD = {"config.json": b"old config", "weights.bin": b"old weights"}
 NEW = {"config.json": b"new config!", "weights.bin": b"new weights!" * 1000}
 OTHERS = {"README.md": b"read me", "sub/inner/data": b"\0\1", "sub/config.json": b"not this one"}
@@ -61,11 +60,10 @@ Route = Callable[[pytest.MonkeyPatch], None]
 ROUTES: dict[str, Route] = {
     "exchange": lambda monkeypatch: None,
     "no renameat2": lambda monkeypatch: refuse_exchange(monkeypatch, None),
-    "EINVAL": lambda monkeypatch: refuse_exchange(monkeypatch, errno.EINVAL),
-    "ENOSYS": lambda monkeypatch: refuse_exchange(monkeypatch, errno.ENOSYS),
-    "EBUSY": lambda monkeypatch: refuse_exchange(monkeypatch, errno.EBUSY),
-    "EXDEV": lambda monkeypatch: refuse_exchange(monkeypatch, errno.EXDEV),
-    "EPERM": lambda monkeypatch: refuse_exchange(monkeypatch, errno.EPERM),
+    **{
+        code: lambda monkeypatch, code=code: refuse_exchange(monkeypatch, getattr(errno, code))  # type: ignore[misc]
+        for code in ("EINVAL", "ENOSYS", "EBUSY", "EXDEV", "EPERM")
+    },
     "no hard links": refuse_links,
     "not Linux": lambda monkeypatch: monkeypatch.setattr(sys, "platform", "darwin"),
 }
@@ -75,11 +73,6 @@ ROUTES: dict[str, Route] = {
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     ROUTES[request.param](monkeypatch)
     return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
@@ -93,66 +86,58 @@ def home(tmp_path: Path) -> Path:
 # What is written
 
 
-def test_new_folder(home: Path) -> None:
-    replace_files(home / "adapter", NEW)
-    assert read(home) == {f"adapter/{name}": data for name, data in NEW.items()}
-    assert os.listdir(home) == ["adapter"]
-
-
-def test_parents_are_made(home: Path) -> None:
-    replace_files(home / "a/b/adapter", NEW)
-    assert read(home / "a/b/adapter") == NEW
-    assert os.listdir(home / "a/b") == ["adapter"]
+@pytest.mark.parametrize("folder", ["adapter", "a/b/adapter"])
+def test_a_new_folder_and_its_parents_are_made(home: Path, folder: str) -> None:
+    files.replace_files(home / folder, NEW)
+    assert read(home) == {f"{folder}/{name}": data for name, data in NEW.items()}
+    assert os.listdir((home / folder).parent) == ["adapter"]
 
 
 def test_a_relative_path(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
-    replace_files(Path("adapter"), NEW)
-    replace_files(Path("x/../adapter"), OLD)
+    files.replace_files(Path("adapter"), NEW)
+    files.replace_files(Path("x/../adapter"), OLD)
     assert read(home) == {f"adapter/{name}": data for name, data in OLD.items()}
 
 
-@pytest.mark.parametrize("changed", [["config.json"], ["weights.bin"], list(NAMES)], ids="+".join)
-def test_existing_folder(home: Path, route: str, changed: list[str]) -> None:
-    folder = write(home / "adapter", OLD | OTHERS)
-    contents = {name: (NEW if name in changed else OLD)[name] for name in NAMES}
-    replace_files(folder, contents)
-    assert read(folder) == OTHERS | contents
-    assert os.listdir(home) == ["adapter"]
+CASES: dict[str, tuple[dict[str, bytes], dict[str, bytes]]] = {
+    # the folder before, and what is saved
+    "one changes": (OLD | OTHERS, OLD | {"config.json": b"new config!"}),
+    "the other changes": (OLD | OTHERS, OLD | {"weights.bin": b"new weights!"}),
+    "both change": (OLD | OTHERS, NEW),
+    "other bytes of equal size": (
+        {"config.json": b"123", "weights.bin": b"x"},
+        {"config.json": b"124", "weights.bin": b"x"},
+    ),
+    "neither was there": (OTHERS, NEW),
+    "one was there": ({"config.json": b"old config"}, NEW),
+    "nothing was there": ({}, NEW),
+    "the user has a file .old": (OLD | {"config.json.old": b"mine"}, NEW),
+    "the user has a file .tmp": (OLD | {"config.json.tmp": b"mine"}, NEW),
+}
 
 
-def test_files_that_were_not_there(home: Path, route: str) -> None:
-    folder = write(home / "adapter", OTHERS)
-    replace_files(folder, NEW)
-    assert read(folder) == OTHERS | NEW
-    assert os.listdir(home) == ["adapter"]
+@pytest.mark.parametrize("case", list(CASES))
+def test_existing_folder(home: Path, route: str, case: str) -> None:
+    """Other files and unchanged ones stay the same files, no copies: a log that is kept open goes on in the folder.
 
-
-def test_an_empty_folder_and_one_file_of_two(home: Path, route: str) -> None:
+    A changed file is replaced and never written into: safetensors maps the file that it reads.
+    """
+    before, contents = CASES[case]
     (home / "adapter").mkdir()
-    replace_files(home / "adapter", NEW)
-    assert read(home / "adapter") == NEW
-    folder = write(home / "half", {"config.json": b"old config"})
-    replace_files(folder, NEW)
-    assert read(folder) == NEW
-    assert sorted(os.listdir(home)) == ["adapter", "half"]
-
-
-@pytest.mark.parametrize("name", ["config.json.old", "config.json.tmp"])
-def test_no_name_is_taken_from_the_user(home: Path, route: str, name: str) -> None:
-    folder = write(home / "adapter", OLD | {name: b"mine"})
-    replace_files(folder, NEW)
-    assert read(folder) == NEW | {name: b"mine"}
-
-
-def test_other_files_stay_the_same_files(home: Path, route: str) -> None:
-    """Not copies: a log that another program keeps open goes on in the folder."""
-    folder = write(home / "adapter", OLD | OTHERS)
+    folder = write(home / "adapter", before)
     (folder / "link").symlink_to("README.md")
-    before = {name: (folder / name).stat().st_ino for name in OTHERS}
-    replace_files(folder, NEW)
-    assert {name: (folder / name).stat().st_ino for name in OTHERS} == before
+    kept = {name: (folder / name).stat() for name in before if contents.get(name, before[name]) == before[name]}
+    with contextlib.ExitStack() as stack:
+        readers = {name: stack.enter_context((folder / name).open("rb")) for name in before}
+        files.replace_files(folder, contents)
+        assert {name: reader.read() for name, reader in readers.items()} == before
     assert os.readlink(folder / "link") == "README.md"
+    (folder / "link").unlink()
+    assert read(folder) == before | contents
+    for name, old in kept.items():
+        assert ((folder / name).stat().st_ino, (folder / name).stat().st_mtime_ns) == (old.st_ino, old.st_mtime_ns)
+    assert os.listdir(home) == ["adapter"]
 
 
 def test_unchanged_contents_rewrite_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,33 +145,16 @@ def test_unchanged_contents_rewrite_nothing(home: Path, monkeypatch: pytest.Monk
     paths = [folder, *folder.rglob("*")]
     before = [(path, path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in paths]
     monkeypatch.setattr(os, "umask", None)  # nor is a new folder prepared
-    replace_files(folder, OLD)
+    files.replace_files(folder, OLD)
     assert [(path, path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in paths] == before
     assert os.listdir(home) == ["adapter"]
 
 
-def test_an_unchanged_file_beside_a_changed_one_is_not_rewritten(home: Path, route: str) -> None:
+def test_one_changed_file_takes_one_rename_inside_the_folder(home: Path, route: str) -> None:
     folder = write(home / "adapter", OLD)
-    before, inode = (folder / "weights.bin").stat(), folder.stat().st_ino
-    replace_files(folder, OLD | {"config.json": b"new"})
-    after = (folder / "weights.bin").stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert folder.stat().st_ino == inode  # one rename inside it is enough
-    assert read(folder) == OLD | {"config.json": b"new"}
-
-
-def test_equal_size_and_other_bytes_is_a_change(home: Path) -> None:
-    folder = write(home / "adapter", {"a": b"123", "b": b"x"})
-    replace_files(folder, {"a": b"124", "b": b"x"})
-    assert read(folder) == {"a": b"124", "b": b"x"}
-
-
-def test_a_reader_of_the_old_file_keeps_the_old_bytes(home: Path, route: str) -> None:
-    """safetensors maps the file that it reads: the file is replaced, never written into."""
-    folder = write(home / "adapter", OLD)
-    with (folder / "weights.bin").open("rb") as reader:
-        replace_files(folder, NEW)
-        assert reader.read() == OLD["weights.bin"]
+    inode = folder.stat().st_ino
+    files.replace_files(folder, OLD | {"config.json": b"new"})
+    assert folder.stat().st_ino == inode
 
 
 @pytest.mark.parametrize("before", [{}, OLD], ids=["new folder", "old files"])
@@ -204,7 +172,7 @@ def test_everything_is_on_the_disk_before_it_is_in_place(
         )
 
     monkeypatch.setattr(os, "fsync", fsync)
-    replace_files(folder, NEW)
+    files.replace_files(folder, NEW)
     names = [name for name, _ in synced]
     assert names[:2] == list(NEW)
     assert names[2].startswith(".adapter.")
@@ -216,7 +184,7 @@ def test_everything_is_on_the_disk_before_it_is_in_place(
 def test_a_new_folder_and_its_files_follow_the_umask(home: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
-        replace_files(home / "adapter", NEW)
+        files.replace_files(home / "adapter", NEW)
     finally:
         assert os.umask(before) == mask  # and it is left as it was
     assert stat.S_IMODE((home / "adapter").stat().st_mode) == 0o777 & ~mask
@@ -227,7 +195,7 @@ def test_a_new_folder_and_its_files_follow_the_umask(home: Path, mask: int) -> N
 def test_an_existing_folder_keeps_its_permissions(home: Path, route: str, mode: int) -> None:
     folder = write(home / "adapter", OLD)
     folder.chmod(mode)
-    replace_files(folder, NEW)
+    files.replace_files(folder, NEW)
     assert stat.S_IMODE(folder.stat().st_mode) == mode
     assert read(folder) == NEW
 
@@ -235,7 +203,7 @@ def test_an_existing_folder_keeps_its_permissions(home: Path, route: str, mode: 
 def test_through_a_link_to_a_folder(home: Path, route: str) -> None:
     real = write(home / "real", OLD | OTHERS)
     (home / "link").symlink_to("real")
-    replace_files(home / "link", NEW)
+    files.replace_files(home / "link", NEW)
     assert (home / "link").is_symlink()
     assert read(real) == OTHERS | NEW
     assert sorted(os.listdir(home)) == ["link", "real"]
@@ -244,86 +212,65 @@ def test_through_a_link_to_a_folder(home: Path, route: str) -> None:
 def test_the_working_directory_stays_usable(home: Path, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(home / "adapter", OLD)
     monkeypatch.chdir(folder)
-    replace_files(Path("."), NEW)
+    files.replace_files(Path("."), NEW)
     assert os.path.samefile(os.curdir, folder)
     assert sorted(os.listdir()) == sorted(NEW)
 
 
 # Errors on the way: an exception at every step
 
-STEPS = (
-    "open",
-    "write",
-    "os.fsync",
-    "os.replace",
-    "os.rename",
-    "os.link",
-    "shutil.copytree",
-    "shutil.copy2",
-    "Path.chmod",
-    "rename2",
-)
-EXCHANGE_ONLY = {"os.link", "shutil.copytree", "rename2"}
+STEPS = ["Path.open", "write", "os.fsync", "os.replace", "os.rename", "os.link", "shutil.copytree", "shutil.copy2"]
+STEPS += ["Path.chmod", "renameat2"]
+EXCHANGE_ONLY = {"os.link", "shutil.copytree", "renameat2"}
 
 
-class Trap:
-    """Counts the calls of one step and raises at the k-th, before or after the step is done."""
+def install(trap: Trap, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    real_open, real_cdll = Path.open, ctypes.CDLL
 
-    def __init__(self, at: int, error: BaseException, done: bool = False) -> None:
-        self.at, self.error, self.done, self.calls = at, error, done, 0
+    @contextlib.contextmanager
+    def torn(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with real_open(path, mode, *args, **kwargs) as file:
+            write = trap.guard(lambda data: file.write(data[:3]) and file.write(data[3:]))
+            yield SimpleNamespace(write=write, read=file.read, flush=file.flush, fileno=file.fileno)
 
-    def guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.at and not self.done:
-                raise self.error
-            result = function(*args, **kwargs)
-            if self.calls == self.at:
-                raise self.error
-            return result
+    def libc(*args: Any, **kwargs: Any) -> SimpleNamespace:
+        return SimpleNamespace(renameat2=trap.guard(real_cdll(*args, **kwargs).renameat2))
 
-        return guarded
-
-    def install(self, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-        real_open, real_cdll = Path.open, ctypes.CDLL
-        if step == "open":
-            monkeypatch.setattr(Path, "open", self.guard(Path.open))
-        elif step == "write":
-
-            @contextlib.contextmanager
-            def torn(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Iterator[Any]:
-                with real_open(path, mode, *args, **kwargs) as file:
-                    yield SimpleNamespace(
-                        write=self.guard(lambda data: file.write(data[:3]) and file.write(data[3:])),
-                        read=file.read,
-                        flush=file.flush,
-                        fileno=file.fileno,
-                    )
-
-            monkeypatch.setattr(Path, "open", torn)
-        elif step == "rename2":
-            monkeypatch.setattr(
-                ctypes, "CDLL", lambda *a, **k: SimpleNamespace(renameat2=self.guard(real_cdll(*a, **k).renameat2))
-            )
-        else:
-            owner, name = step.split(".")
-            target: Any = {"os": os, "shutil": shutil, "Path": Path}[owner]
-            monkeypatch.setattr(target, name, self.guard(getattr(target, name)))
+    if step == "write":
+        monkeypatch.setattr(Path, "open", torn)
+    elif step == "renameat2":
+        monkeypatch.setattr(ctypes, "CDLL", libc)
+    else:
+        owner, name = step.split(".")
+        target: Any = {"os": os, "shutil": shutil, "Path": Path}[owner]
+        monkeypatch.setattr(target, name, trap.guard(getattr(target, name)))
 
 
-def make_home(home: Path, before: Mapping[str, bytes] | None) -> Path:
-    home.mkdir()
-    if before is not None:
-        write(home / "adapter", before)
-    return home
-
-
-def attempt(home: Path) -> BaseException | None:
-    try:
-        replace_files(home / "adapter", NEW)
-    except (OSError, KeyboardInterrupt) as error:
-        return error
-    return None
+def attempts(
+    root: Path, before: Mapping[str, bytes] | None, exchange: bool, step: str, error: BaseException, done: bool = False
+) -> Iterator[tuple[Path, BaseException | None]]:
+    """Save again and again, with an error at the k-th time of one step, until it happens less often than k times."""
+    for k in range(1, 20):
+        home = root / str(k)
+        home.mkdir()
+        if before is not None:
+            write(home / "adapter", before)
+        trap, raised = Trap(k, error, done), None
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if not exchange:
+                refuse_exchange(monkeypatch, None)
+            if step != "renameat2" or exchange:
+                install(trap, monkeypatch, step)
+            try:
+                files.replace_files(home / "adapter", NEW)
+            except (OSError, KeyboardInterrupt) as caught:
+                raised = caught
+        if trap.calls < k:
+            assert raised is None
+            check_whole(home, before, failed=False)
+            return
+        yield home, raised
+    pytest.fail("the step never ended")
 
 
 def check_whole(home: Path, before: Mapping[str, bytes] | None, failed: bool) -> None:
@@ -334,59 +281,39 @@ def check_whole(home: Path, before: Mapping[str, bytes] | None, failed: bool) ->
     assert os.listdir(home) == (["adapter"] if found is not None else [])
 
 
+exchanges = pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "fallback"])
+
+
 @pytest.mark.parametrize("before", [None, OTHERS, OLD | OTHERS], ids=["new folder", "no old files", "old files"])
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "fallback"])
+@exchanges
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("step", STEPS)
 def test_an_error_at_any_step_leaves_the_old_files(
     tmp_path: Path, before: Mapping[str, bytes] | None, exchange: bool, error: BaseException, step: str
 ) -> None:
     reached = 0
-    for k in range(1, 20):
-        home = make_home(tmp_path / str(k), before)
-        trap = Trap(k, error)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            if not exchange:
-                refuse_exchange(monkeypatch, None)
-            if step != "rename2" or exchange:
-                trap.install(monkeypatch, step)
-            raised = attempt(home)
-        if trap.calls < k:  # the step happens less often than k times
-            assert raised is None
-            check_whole(home, before, failed=False)
-            break
+    for home, raised in attempts(tmp_path, before, exchange, step, error):
         reached += 1
         # what only the exchange needs is answered with the fallback, and a folder that cannot be synced is none the worse
         handled = isinstance(error, OSError) and raised is None and (step in EXCHANGE_ONLY or step == "os.fsync")
         assert raised is error or handled
         check_whole(home, before, failed=not handled and step != "os.fsync")  # the last sync comes when all is done
-    else:
-        pytest.fail("the step never ended")
     expected = {"os.rename": before is None, "Path.chmod": before is None, "os.replace": before is not None and not exchange}
     expected |= {"shutil.copy2": before == OLD | OTHERS and not exchange, "os.link": before is not None}
-    expected |= {"shutil.copytree": before is not None, "rename2": before is not None and exchange}
+    expected |= {"shutil.copytree": before is not None, "renameat2": before is not None and exchange}
     assert (reached > 0) == expected.get(step, True)
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "fallback"])
+@exchanges
 @pytest.mark.parametrize("before", [None, OLD | OTHERS], ids=["new folder", "old files"])
-@pytest.mark.parametrize("step", ["os.replace", "os.rename", "rename2", "os.fsync"])
+@pytest.mark.parametrize("step", ["os.replace", "os.rename", "renameat2", "os.fsync"])
 def test_an_interrupt_right_after_any_step_leaves_all_old_or_all_new(
     tmp_path: Path, before: Mapping[str, bytes] | None, exchange: bool, step: str
 ) -> None:
-    for k in range(1, 20):
-        home = make_home(tmp_path / str(k), before)
-        trap = Trap(k, KeyboardInterrupt(), done=True)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            if not exchange:
-                refuse_exchange(monkeypatch, None)
-            if step != "rename2" or exchange:
-                trap.install(monkeypatch, step)
-            raised = attempt(home)
-        assert (raised is None) == (trap.calls < k)
+    error = KeyboardInterrupt()
+    for home, raised in attempts(tmp_path, before, exchange, step, error, done=True):
+        assert raised is error
         check_whole(home, before, failed=False)
-        if raised is None:
-            break
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS], ids=errno.errorcode.get)
@@ -396,7 +323,7 @@ def test_an_exchange_that_fails_for_another_reason_is_an_error(
     refuse_exchange(monkeypatch, code)
     folder = write(home / "adapter", OLD | OTHERS)
     with pytest.raises(OSError, match=str(folder)) as caught:
-        replace_files(folder, NEW)
+        files.replace_files(folder, NEW)
     assert caught.value.errno == code
     check_whole(home, OLD | OTHERS, failed=True)
 
@@ -405,7 +332,7 @@ def test_a_folder_in_the_place_of_a_file_is_an_error(home: Path, route: str) -> 
     folder = write(home / "adapter", {"config.json": b"old config", "weights.bin/inside": b"x"} | OTHERS)
     before = read(folder)
     with pytest.raises(OSError, match=r"weights\.bin"):
-        replace_files(folder, NEW)
+        files.replace_files(folder, NEW)
     assert read(folder) == before
     assert os.listdir(home) == ["adapter"]
 
@@ -413,7 +340,7 @@ def test_a_folder_in_the_place_of_a_file_is_an_error(home: Path, route: str) -> 
 def test_a_file_in_the_place_of_the_folder_is_an_error(home: Path) -> None:
     (home / "adapter").write_bytes(b"a file")
     with pytest.raises(OSError, match="adapter"):
-        replace_files(home / "adapter", NEW)
+        files.replace_files(home / "adapter", NEW)
     assert read(home) == {"adapter": b"a file"}
 
 
@@ -430,28 +357,21 @@ spec.loader.exec_module(files)
 os.fsync = lambda handle: None
 new = {name: data.encode() for name, data in new.items()}
 
-def make(folder):
-    if before is not None:
-        folder.mkdir()
-        for name, data in before.items():
-            (folder / name).write_text(data)
-
 def read(folder):
     return {path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else None
 
 def replace_and_crash(folder, at):
     count = 0
-    def step(*args):
+    def step():
         nonlocal count
         count += 1
         if count == at:
             os.kill(os.getpid(), signal.SIGKILL) if crash == "SIGKILL" else os._exit(3)
     def trace(frame, event, arg):
-        if frame.f_code.co_filename != source:
-            return None
-        if event in ("line", "return"):
-            step()
-        return trace
+        if frame.f_code.co_filename == source:
+            if event in ("line", "return"):
+                step()
+            return trace
     def audit(event, arguments):
         if event.partition(".")[0] in ("open", "os", "shutil", "tempfile", "ctypes"):
             step()
@@ -461,24 +381,25 @@ def replace_and_crash(folder, at):
     sys.settrace(None)
     os._exit(7)
 
-found, status, at = [], None, 0
-while status != 7 and at < 2000:
-    at += 1
-    home = Path(root, str(at))
-    home.mkdir()
-    folder = home / "adapter"
-    make(folder)
+found, status = [], None
+while status != 7 and len(found) < 2000:
+    folder = Path(root, str(len(found)), "adapter")
+    folder.parent.mkdir()
+    if before is not None:
+        folder.mkdir()
+        for name, data in before.items():
+            (folder / name).write_text(data)
     child = os.fork()
     if child == 0:
         try:
-            replace_and_crash(folder, at)
+            replace_and_crash(folder, len(found) + 1)
         finally:
             os._exit(1)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     crashed = read(folder)
     files.replace_files(folder, new)
     found.append([status, crashed, read(folder)])
-    shutil.rmtree(home)
+    shutil.rmtree(folder.parent)
 print(json.dumps(found))
 """
 """Save once for every line of `files` and every system call below it, and die there; then save again."""

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_models import captured
-from graph_support import IN, OUT, TRACERS, Model, blocks_of, graph_list, holder
-from support import TwoLinears, fill_blocks, max_error, tiny_llama, token_batch
+from support import TRACERS, blocks_of, fill_blocks, graph_list, max_error
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from zoo import IN, OUT, Model, TwoLinears, captured, holder, tiny_llama, token_batch
 
 import misscompile as mc
 from misscompile.errors import UnsupportedModuleError

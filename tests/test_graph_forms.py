@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_support import IN, OUT, TRACERS, Model, blocks_of, graph_list, holder, reference_gradient
-from support import VARIANTS, fill_blocks, max_error, reference_delta
+from support import TRACERS, VARIANTS, blocks_of, fill_blocks, graph_list, max_error, reference_delta, reference_gradient
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
+from zoo import IN, OUT, Model, holder
 
 import misscompile as mc
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from graph_models import ConvolutionNet, captured, largest_difference, make_batch, make_model
-from graph_support import blocks_of, graph_list
-from support import VARIANTS, TwoLinears, fill_blocks, max_error, reference_delta, token_batch
+from support import VARIANTS, blocks_of, fill_blocks, graph_list, largest_difference, max_error, reference_delta
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
+from zoo import ConvolutionNet, TwoLinears, captured, make_batch, make_model, token_batch
 
 import misscompile as mc
 

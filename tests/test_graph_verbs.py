@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from graph_models import captured, largest_difference, loss_of, make_batch
-from graph_support import blocks_of, graph_list
-from support import VARIANTS, TwoLinears, fill_blocks, max_error, reference_delta
+from support import VARIANTS, blocks_of, fill_blocks, graph_list, largest_difference, loss_of, max_error, reference_delta
 from torch import Tensor, fx, nn
+from zoo import TwoLinears, captured, make_batch
 
 import misscompile as mc
 from misscompile.bat import bat_linear

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from graph_models import captured, largest_difference, loss_of, make_batch
-from graph_support import blocks_of, graph_list
-from support import VARIANTS, fill_blocks
+from support import VARIANTS, blocks_of, fill_blocks, graph_list, largest_difference, loss_of
 from torch import fx, nn
+from zoo import captured, make_batch
 
 import misscompile as mc
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from misscompile.passes import trace
-from support import VARIANTS, fill_blocks, tiny_llama, token_batch
+from support import VARIANTS, fill_blocks
 from torch import nn
+from zoo import tiny_llama, token_batch
 
 import misscompile as mc
 from misscompile import cost, pipeline, state

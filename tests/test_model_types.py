@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import misscompile as mc
-from misscompile.model_types import TARGETS_BY_MODEL_TYPE
+from misscompile.model_types import TARGETS_BY_MODEL_TYPE  # internal: the table
 
 REMOTE_CODE = {"RefinedWeb", "RefinedWebModel", "btlm", "chatglm", "rwkv7"}
 """Types whose code is on the Hub alone; the rows are PEFT's."""
@@ -24,10 +24,8 @@ NO_AUTO_MODEL = {"siglip_text_model": "SiglipTextModel"}
 NOT_ON_EVERY_PATH = {"deberta", "rwkv"}
 """Their own code also reads the weight of a target beside its forward, and adapt says so."""
 
-LAYER_FIELDS = (
-    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"),
-    *("num_blocks",),
-)
+LAYER_FIELDS = ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_blocks"]
+LAYER_FIELDS += ["num_decoder_layers"]
 WHOLE = {"gemma3n_text"}  # its layer lists are of the default length
 FOUR_LAYERS = {"qwen3_next", "qwen3_5", "qwen3_5_text"}  # the fourth is the first with attention
 
@@ -61,14 +59,18 @@ def _matched(row: tuple[str, ...] | str, model: nn.Module) -> dict[str, list[str
     return {entry: [name for name in names if name == entry or name.endswith(f".{entry}")] for entry in row}
 
 
+def _adapted(model: nn.Module) -> set[str]:
+    mc.adapt(model, mc.MissConfig(r=1))
+    return {name.removesuffix(".miss_block_default") for name, _ in mc.trainable_parameters(model)}
+
+
 def _adapt_by_type(model: nn.Module) -> set[str]:
     """The names of the modules adapted without target_modules; a warning is an error, but for the one that is expected."""
     expected = getattr(model.config, "model_type", None) in NOT_ON_EVERY_PATH
     told = pytest.warns(mc.MissWarning, match="adapted, but not on every path") if expected else contextlib.nullcontext()
     with told, warnings.catch_warnings():
         warnings.filterwarnings("error", "(?!.*not on every path)" if expected else "", mc.MissWarning)
-        mc.adapt(model, mc.MissConfig(r=1))
-    return {name.removesuffix(".miss_block_default") for name, _ in mc.trainable_parameters(model)}
+        return _adapted(model)
 
 
 @pytest.mark.parametrize("model_type", sorted(PEFT_TABLE))
@@ -99,23 +101,20 @@ def test_blip_2_names_the_projections_of_both_its_text_models(text_type: str, en
     matched = _matched(TARGETS_BY_MODEL_TYPE["blip-2"], model)
     assert {entry for entry, names in matched.items() if names} == entries
     with pytest.warns(mc.MissWarning, match="matches no module"):
-        mc.adapt(model, mc.MissConfig(r=1))
-    adapted = {name.removesuffix(".miss_block_default") for name, _ in mc.trainable_parameters(model)}
-    assert adapted == {name for names in matched.values() for name in names}
-
-
-@pytest.mark.parametrize(("q_lora_rank", "entries"), [(None, {"q_proj", "kv_b_proj"}), (16, {"q_b_proj", "kv_b_proj"})])
-def test_deepseek_with_and_without_a_low_rank_query(q_lora_rank: int | None, entries: set[str]) -> None:
-    model = _model("deepseek_v2", q_lora_rank=q_lora_rank)
-    assert {name.rsplit(".", 1)[-1] for name in _adapt_by_type(model)} == entries
+        assert _adapted(model) == {name for names in matched.values() for name in names}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "entries"),
-    [("qwen3_next", {"q_proj", "v_proj", "in_proj_qkvz"}), ("qwen3_5", {"q_proj", "v_proj", "in_proj_qkv"})],
+    ("model_type", "fields", "entries"),
+    [
+        ("deepseek_v2", {"q_lora_rank": None}, {"q_proj", "kv_b_proj"}),
+        ("deepseek_v2", {"q_lora_rank": 16}, {"q_b_proj", "kv_b_proj"}),
+        ("qwen3_next", {}, {"q_proj", "v_proj", "in_proj_qkvz"}),  # two kinds of layers
+        ("qwen3_5", {}, {"q_proj", "v_proj", "in_proj_qkv"}),
+    ],
 )
-def test_hybrids_are_adapted_in_both_kinds_of_layers(model_type: str, entries: set[str]) -> None:
-    assert {name.rsplit(".", 1)[-1] for name in _adapt_by_type(_model(model_type))} == entries
+def test_what_is_adapted_depends_on_the_layers(model_type: str, fields: dict[str, Any], entries: set[str]) -> None:
+    assert {name.rsplit(".", 1)[-1] for name in _adapt_by_type(_model(model_type, **fields))} == entries
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "gemma4", "mistral3"])

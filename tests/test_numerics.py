@@ -107,7 +107,7 @@ def test_random_start_is_kaiming_uniform_and_drawn_as_peft_draws_it() -> None:
     import peft
 
     config = {"r": 4, "target_modules": ["up", "down"], "init_weights": False}
-    from support import TwoLinears
+    from zoo import TwoLinears
 
     torch.manual_seed(7)
     reference = peft.get_peft_model(TwoLinears(), peft.MissConfig(**config))

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from misscompile.passes import find, insert, install, trace
-from support import TwoLinears, adapted, tiny_gpt2, tiny_llama
+from support import adapted
 from torch import Tensor, fx, nn
+from zoo import TwoLinears, tiny_gpt2, tiny_llama
 
 import misscompile as mc
 from misscompile import pipeline

@@ -8,19 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import (
-    VARIANTS,
-    TwoLinears,
-    adapted,
-    fill_blocks,
-    max_error,
-    reference_delta,
-    tiny_gpt2,
-    tiny_llama,
-    token_batch,
-)
+from support import VARIANTS, adapted, fill_blocks, max_error, reference_delta
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import TwoLinears, tiny_gpt2, tiny_llama, token_batch
 
 import misscompile as mc
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import VARIANTS, TwoLinears, adapted, fill_blocks, max_error, tiny_gpt2, tiny_llama, token_batch
+from support import VARIANTS, adapted, fill_blocks, max_error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrizations
+from zoo import TwoLinears, tiny_gpt2, tiny_llama, token_batch
 
 import misscompile as mc
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import tiny_llama
 from typer.testing import CliRunner
+from zoo import tiny_llama
 
 from misscompile.benchmark.models import build_model
 from misscompile.benchmark.settings import BenchmarkError, Settings

@@ -7,8 +7,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support import max_error, reference_delta, token_batch
+from support import max_error, reference_delta
 from torch import Tensor, nn
+from zoo import token_batch
 
 import misscompile as mc
 

@@ -7,8 +7,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from support import MODELS, fill_blocks, max_error, reference_delta
+from support import fill_blocks, max_error, reference_delta
 from torch import Tensor, nn
+from zoo import ZOO
 
 import misscompile as mc
 
@@ -26,7 +27,7 @@ def _fields(name: str, init_weights: Any) -> dict[str, Any]:
 
 
 def _peft_model(name: str, fields: dict[str, Any]) -> nn.Module:
-    return fill_blocks_of_peft(peft.get_peft_model(MODELS[name][0](), peft.MissConfig(**fields)))
+    return fill_blocks_of_peft(peft.get_peft_model(ZOO[name].make(), peft.MissConfig(**fields)))
 
 
 def fill_blocks_of_peft(model: nn.Module) -> nn.Module:
@@ -54,7 +55,7 @@ def _our_blocks(model: nn.Module) -> dict[str, nn.Parameter]:
 @pytest.mark.filterwarnings("ignore::misscompile.MissWarning")  # ViT's list names the projections of two naming schemes
 def test_outputs_gradients_and_merged_weights_equal_pefts(name: str, init_weights: Any) -> None:
     fields = _fields(name, init_weights)
-    make, batch = MODELS[name]
+    make, batch = ZOO[name].make, ZOO[name].batch
     theirs = _peft_model(name, fields)
     ours = fill_blocks(mc.adapt(make(), mc.MissConfig(**fields)))
     our_blocks, their_blocks = _our_blocks(ours), _peft_blocks(theirs)
@@ -83,7 +84,7 @@ def test_outputs_gradients_and_merged_weights_equal_pefts(name: str, init_weight
 @pytest.mark.parametrize("init_weights", [True, "mini", "bat"])
 def test_gpt2_equals_the_formulas(init_weights: Any) -> None:
     """PEFT raises a TypeError on `Conv1D`; the reference is a plain GPT-2 whose weights hold `W + ΔW`."""
-    make, batch = MODELS["gpt2"]
+    make, batch = ZOO["gpt2"].make, ZOO["gpt2"].batch
     fields = {"r": 8, "mini_r": 4, "init_weights": init_weights, "target_modules": ["c_attn", "c_proj", "c_fc"]}
     with pytest.raises(TypeError):
         peft.get_peft_model(make(), peft.MissConfig(**fields))

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import TwoLinears, adapted
+from support import adapted
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from zoo import TwoLinears
 
 import misscompile as mc
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_support import IN, OUT, TRACERS, Model, graph_list, holder
 from misscompile.passes.find_calls import find_calls, find_parameter
 from misscompile.passes.match import apply_steps
+from support import TRACERS, graph_list
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.pytorch_utils import Conv1D
+from zoo import IN, OUT, Model, holder
 
 from misscompile.plan import ModelScope
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_support import graph_list
 from misscompile.passes.follow_mode import by_mode, follow_mode
+from support import graph_list
 from torch import Tensor, fx, nn
 
 from misscompile.graphs import copy_nodes

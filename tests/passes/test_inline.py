@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graph_support import graph_list
 from misscompile.passes.inline import inline_regions
+from support import graph_list
 from torch import Tensor, fx, nn
 
 X = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

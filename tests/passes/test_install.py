@@ -28,9 +28,10 @@ from misscompile.passes.install import (
     set_class,
 )
 from misscompile.passes.trace import trace_forward
-from support import VARIANTS, TwoLinears, adapted, fill_blocks, max_error
+from support import VARIANTS, adapted, fill_blocks, max_error
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
+from zoo import TwoLinears
 
 import misscompile as mc
 from misscompile.bat import bat_linear

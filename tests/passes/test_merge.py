@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from misscompile.passes import merge as merge_pass
 from misscompile.passes.merge import fold_weight, keeps_finite
-from support import VARIANTS, TwoLinears, adapted, fill_blocks, max_error, reference_delta
+from support import VARIANTS, adapted, fill_blocks, max_error, reference_delta
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
+from zoo import TwoLinears
 
 import misscompile as mc
 from misscompile import merging, variants

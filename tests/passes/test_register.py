@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from misscompile.passes.register import create_blocks, register_blocks
-from support import TwoLinears
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from zoo import TwoLinears
 
 import misscompile as mc
 from misscompile.plan import Block, Plan
