@@ -513,7 +513,7 @@ REFUSALS: dict[str, tuple[str, Call, type[BaseException], str]] = {
         "merged",
         load(),
         mc.StateError,
-        "up holds the merged adapter 'first': call unmerge(model)...",
+        "adapt: up holds the merged adapter 'first'; call unmerge(model) first.",
     ),
     "load inside": ("first", load_inside, mc.StateError, "...inside disable_adapter(model): leave the context first..."),
 }

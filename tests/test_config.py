@@ -22,7 +22,7 @@ from torch import nn
 
 import misscompile as mc
 from misscompile import MissConfig
-from misscompile.config import coerce_config  # internal: what adapt makes of a config
+from misscompile.rules.config import coerce_config  # internal: what adapt makes of a config
 
 pytestmark = pytest.mark.filterwarnings("error::misscompile.MissWarning")
 

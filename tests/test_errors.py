@@ -24,7 +24,7 @@ from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralFo
 from zoo import seeded, tiny_bert
 
 import misscompile as mc
-from misscompile import pipeline  # internal: an error is raised in the middle of its steps
+from misscompile.hosts import opening, owner_class  # internal: an error is raised in the middle of their steps
 
 pytestmark = pytest.mark.filterwarnings("error::misscompile.MissWarning")
 
@@ -250,7 +250,7 @@ def kind_of(model: nn.Module, name: str) -> str:
 
 BYPASSED = "reads its weight directly, so that its own forward does not always run"
 MIXER = "backbone.layers.0.mixer"
-A_NAME: tuple[Any, ...] = ("first", {"first"}, 3)
+A_NAME: tuple[Any, ...] = ({"first"}, 3)
 """What `merge` does not take for a list of names."""
 REFUSED: dict[str, tuple[str, str, str, list[str]]] = {
     # the model, the module and its class, what is told of it, and the linears that can be adapted
@@ -442,7 +442,7 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, ...]]] = 
     ],
     # a wrong state
     ("before unmerge", "adapt as second", mc.StateError, "merged"): [
-        (config, f"{MERGED}: call unmerge(model) before adapting again.") for config in (ALL, named("head"))
+        (config, f"adapt: {MERGED}; call unmerge(model) first.") for config in (ALL, named("head"))
     ],
     ("inside", "adapt as second", mc.StateError, "inside disable_adapter, inside it twice"): [(ALL, f"adapt {INSIDE}")],
     ("inside", "call", mc.StateError, "inside disable_adapter"): [
@@ -476,7 +476,7 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, ...]]] = 
         for kind, cases in {
             mc.UnknownAdapterError: [(["second"], NO_SECOND), (["first", "second"], NO_SECOND)],
             mc.ArgumentError: [
-                *((value, f"adapter_names: expected a list of names, found {type(value).__name__}.") for value in A_NAME),
+                *((value, f"adapter_names: expected a name or a list of names, found {type(value).__name__}.") for value in A_NAME),
                 ([1], f"{NAME} int."),
             ],
             mc.StateError: [([], "no adapter is active: name the adapters to merge.")],
@@ -737,8 +737,8 @@ class OutOfLuckError(Exception):
 
 STEPS: dict[str, tuple[Any, str]] = {
     "register_parameter": (nn.Module, "register_parameter"),
-    "specialize": (pipeline, "specialize"),
-    "set_class": (pipeline, "set_class"),
+    "refresh_owner": (opening, "refresh_owner"),
+    "set_class": (owner_class, "_set_class"),
     "zeros": (torch, "zeros"),
 }
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from support import Trap
 
-from misscompile import files  # internal: adapters are saved by its replace_files
+from misscompile.storage import atomic_files as files  # internal: adapters are saved by its replace_files
 
 OLD = {"config.json": b"old config", "weights.bin": b"old weights"}
 NEW = {"config.json": b"new config!", "weights.bin": b"new weights!" * 1000}

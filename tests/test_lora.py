@@ -19,7 +19,7 @@ import misscompile as mc
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
-Fidelity = mc.LoraError
+Fidelity = mc.LoraFidelity
 EXACT: tuple[Any, ...] = (True, False, "mini")
 BOTH = {"up": (8, 12), "down": (20, 8)}
 X = normal(5, 12, seed=2)

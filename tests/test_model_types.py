@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import misscompile as mc
-from misscompile.model_types import TARGETS_BY_MODEL_TYPE  # internal: the table
+from misscompile.rules.model_types import TARGETS_BY_MODEL_TYPE  # internal: the table
 
 REMOTE_CODE = {"RefinedWeb", "RefinedWebModel", "btlm", "chatglm", "rwkv7"}
 """Types whose code is on the Hub alone; the rows are PEFT's."""

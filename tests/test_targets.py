@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from support import says
 
 from misscompile import MissConfig, MissError, NoMatchError
-from misscompile.targets import Selection, layer_index, select_names  # internal: which names are chosen, and the notes
+from misscompile.rules.names import Selection, layer_index, select_names  # internal: which names are chosen, and the notes
 
 
 def with_parents(*leaves: str) -> tuple[str, ...]:
