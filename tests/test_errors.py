@@ -343,6 +343,7 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, ...]]] = 
         ({"init_weights": "BAT"}, "...init_weights='BAT': expected True (balance), False (balance, random start), 'bat'..."),
         ({"target_modules": "("}, "MissConfig.target_modules='(' is not a regular expression..."),
         ({"layers_to_transform": 1}, "MissConfig.layers_to_transform=1 cannot be combined..."),
+        ({"target_module": ["head"]}, "MissConfig has no field 'target_module' (did you mean 'target_modules'?)."),
     ],
     ("no name", "adapt as", mc.ArgumentError, "plain, adapted"): [
         (value, f"{NAME} {type(value).__name__}.") for value in (None, 7, b"default", ["default"])
