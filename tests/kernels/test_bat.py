@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import max_error, reference_delta, rms_error
+from support import adapted, differentiable_delta, max_error, reference_delta, rms_error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
-from zoo import tiny_llama, token_batch
+from zoo import tiny_llama, tokens
 
 import misscompile as mc
 from misscompile import bat
 
 IN, OUT = 12, 20
+PARTITIONED = "aot_eager_decomp_partition"
+"""A backend with the partitioner that Inductor uses, which decides what is kept."""
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+both_forms = pytest.mark.parametrize("two_products", [False, True])
 
 
 def operands(dtype: torch.dtype = torch.float64, lead: tuple[int, ...] = (2, 5)) -> list[Tensor]:
@@ -29,32 +33,20 @@ def operands(dtype: torch.dtype = torch.float64, lead: tuple[int, ...] = (2, 5))
 
 
 def expected(x: Tensor, weight: Tensor, bias: Tensor, *blocks: Tensor) -> Tensor:
-    """From the formula, differentiable, one block of the weight after the other."""
-    total = weight
-    for block in blocks:
-        r = block.shape[-1]
-        rows = [
-            torch.cat([weight[o : o + r, i : i + r] @ block[o // r] + block[o // r] for i in range(0, IN, r)], 1)
-            for o in range(0, OUT, r)
-        ]
-        total = total + torch.cat(rows)
-    return F.linear(x, total, bias)
+    return F.linear(x, sum((differentiable_delta("bat", block, weight) for block in blocks), weight), bias)
 
 
-@pytest.mark.parametrize("two_products", [False, True])
+@both_forms
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 5)])
 def test_output_and_every_gradient(two_products: bool, lead: tuple[int, ...]) -> None:
     values = operands(lead=lead)
     x, weight, bias, *blocks = values
-    y = bat.bat_linear(x, weight, bias, blocks, two_products, 0)
-    wanted = expected(*values)
-    assert y.shape == wanted.shape == (*lead, OUT)
+    y, wanted = bat.bat_linear(x, weight, bias, blocks, two_products, 0), expected(*values)
+    assert y.shape == (*lead, OUT)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-12)
     upstream = torch.randn_like(y)
     found, exact = (torch.autograd.grad(result, values, upstream, materialize_grads=True) for result in (y, wanted))
-    assert torch.allclose(y, wanted, rtol=0, atol=1e-12)
-    for a, e in zip(found, exact, strict=True):
-        assert a.shape == e.shape
-        assert torch.allclose(a, e, rtol=0, atol=1e-11)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("two_products", [False, True, None])
@@ -70,7 +62,7 @@ def test_gradients_of_gradients(two_products: bool | None) -> None:
     assert torch.autograd.gradgradcheck(run, (x, weight, *blocks))
 
 
-@pytest.mark.parametrize("two_products", [False, True])
+@both_forms
 def test_forward_mode(two_products: bool) -> None:
     x, weight, bias, *blocks = operands()
     direction = torch.randn_like(x)
@@ -81,34 +73,33 @@ def test_forward_mode(two_products: bool) -> None:
     assert max_error(tangent, expected(direction, weight, torch.zeros_like(bias), *blocks)) < 1e-12
 
 
-@pytest.mark.parametrize("two_products", [False, True])
+@both_forms
 @pytest.mark.parametrize("wanted", range(5))
 def test_only_what_is_asked_for_gets_a_gradient(two_products: bool, wanted: int) -> None:
     values = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(operands())]
     x, weight, bias, *blocks = values
     bat.bat_linear(x, weight, bias, blocks, two_products, 0).sum().backward()
     assert [t.grad is not None for t in values] == [i == wanted for i in range(5)]
-    reference = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(values)]
-    expected(*reference).sum().backward()
-    assert max_error(values[wanted].grad, reference[wanted].grad) < 1e-11
+    (gradient,) = torch.autograd.grad(expected(*values).sum(), values[wanted])
+    assert max_error(values[wanted].grad, gradient) < 1e-11
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
+@torch.no_grad()
 def test_the_factored_form(lead: tuple[int, ...], dtype: torch.dtype, transposed: bool) -> None:
     x, weight, bias, *blocks = operands(dtype, lead)
     if transposed:
         weight = weight.t().contiguous().t()
-    with torch.no_grad():
-        y = bat.bat_linear(x, weight, bias, blocks, dtype is torch.bfloat16, 6)
-        assert y.dtype == dtype
-        wanted = expected(*(t.double() for t in (x, weight, bias, *blocks)))
-        assert y.shape == wanted.shape
-        if wanted.numel():
-            assert max_error(y, wanted) < (1e-12 if dtype is torch.float64 else 0.02 * float(wanted.abs().max()))
-        zeros = [torch.zeros_like(block) for block in blocks]
-        assert torch.equal(bat.bat_linear(x, weight, bias, zeros, False, 6), F.linear(x, weight, bias))
+    y = bat.bat_linear(x, weight, bias, blocks, dtype is torch.bfloat16, 6)
+    assert y.dtype == dtype
+    wanted = expected(*(t.double() for t in (x, weight, bias, *blocks)))
+    assert y.shape == wanted.shape
+    if wanted.numel():
+        assert max_error(y, wanted) < (1e-12 if dtype is torch.float64 else 0.02 * float(wanted.abs().max()))
+    zeros = [torch.zeros_like(block) for block in blocks]
+    assert torch.equal(bat.bat_linear(x, weight, bias, zeros, False, 6), F.linear(x, weight, bias))
 
 
 def test_the_rounded_form_loses_small_updates_and_the_default_does_not() -> None:
@@ -119,8 +110,7 @@ def test_the_rounded_form_loses_small_updates_and_the_default_does_not() -> None
     for round_weight in (False, True):
         model = nn.Sequential(nn.Linear(64, 32, bias=False).to(torch.bfloat16))
         model[0].weight.data.copy_(sign.expand(32, 64))
-        config = mc.MissConfig(r=2, init_weights="bat", target_modules=["0"])
-        mc.adapt(model, config, round_bat_weight=round_weight)
+        mc.adapt(model, mc.MissConfig(r=2, init_weights="bat", target_modules=["0"]), round_bat_weight=round_weight)
         block = model[0].miss_block_default
         block.data.fill_(2.0**-12)
         outputs[round_weight] = model(x)
@@ -133,29 +123,30 @@ def test_the_rounded_form_loses_small_updates_and_the_default_does_not() -> None
 
 
 def test_round_bat_weight_is_kept_by_copies_switches_and_loads(tmp_path: Any) -> None:
-    def blocks_of(model: nn.Module) -> set[bool]:
-        records = [vars(module)["_miss"] for module in model.modules() if "_miss" in vars(module)]
-        return {block.round_weight for record in records for block in record.blocks.values()}
+    """It shows in the class of an owner, which is one for all owners of equal structure."""
 
-    config = mc.MissConfig(r=4, init_weights="bat", target_modules=["q_proj"])
-    model = mc.adapt(tiny_llama().bfloat16(), config, round_bat_weight=True)
-    assert blocks_of(model) == {True}
+    def kind(model: nn.Module) -> type:
+        return type(model.model.layers[0].self_attn.q_proj)
+
+    def make(init_weights: Any, round_weight: bool) -> nn.Module:
+        config = mc.MissConfig(r=4, init_weights=init_weights, target_modules=["q_proj"])
+        return mc.adapt(tiny_llama().bfloat16(), config, round_bat_weight=round_weight)
+
+    model, exact = make("bat", True), kind(make("bat", False))
+    rounded = kind(model)
+    assert rounded is not exact
     with mc.disable_adapter(model):
-        pass
-    assert blocks_of(copy.deepcopy(model)) == {True}
+        assert kind(model) is not rounded
+    assert kind(model) is kind(copy.deepcopy(model)) is rounded
     mc.save_adapter(model, tmp_path)
-    assert blocks_of(mc.load_adapter(tiny_llama().bfloat16(), tmp_path, round_bat_weight=True)) == {True}
-    assert blocks_of(mc.load_adapter(tiny_llama().bfloat16(), tmp_path)) == {False}
-    balance = mc.adapt(tiny_llama(), mc.MissConfig(r=4, target_modules=["q_proj"]), round_bat_weight=True)
-    assert blocks_of(balance) == {False}  # no other class for what does not depend on it
+    assert kind(mc.load_adapter(tiny_llama().bfloat16(), tmp_path, round_bat_weight=True)) is rounded
+    assert kind(mc.load_adapter(tiny_llama().bfloat16(), tmp_path)) is exact
+    assert kind(make(True, True)) is kind(make(True, False))  # no other class for what does not depend on it
 
 
 def linear(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Sequential:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48).to(dtype))
-    mc.adapt(model, mc.MissConfig(r=8, init_weights="bat", target_modules=["0"], miss_dropout=dropout))
-    model[0].miss_block_default.data.normal_(std=0.05)
-    return model
+    return adapted(model, "bat", r=8, miss_dropout=dropout)  # type: ignore[return-value]
 
 
 def kept(model: Any, x: Tensor, *owned: Tensor) -> list[tuple[int, ...]]:
@@ -172,13 +163,19 @@ def kept(model: Any, x: Tensor, *owned: Tensor) -> list[tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def gradients(run: Any, model: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of `x` and the block."""
+    leaf = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(run(leaf).float().square().sum(), [leaf, model[0].miss_block_default])  # type: ignore[return-value]
+
+
+@both_dtypes
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nothing_of_the_size_of_the_weight_is_kept(dtype: torch.dtype, compiled: bool) -> None:
     model, x = linear(dtype), torch.randn(96, 32).to(dtype).requires_grad_()
     run: Any = model
-    if compiled:  # the partitioner that Inductor uses decides what is kept
-        run = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    if compiled:
+        run = torch.compile(model, backend=PARTITIONED, fullgraph=True)
         run(x).sum().backward()
     assert kept(run, x, x, *model.parameters()) == []
 
@@ -195,74 +192,64 @@ def test_one_graph_for_all_lengths() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@both_dtypes
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_compiled_gradients_are_those_of_eager(dtype: torch.dtype, dropout: float) -> None:
     model, x = linear(dtype, dropout).train(dropout == 0.0), torch.randn(70, 32).to(dtype)
-    if dropout:
-        model.eval()
-    results = []
-    for run in (model, torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)):
-        leaf = x.clone().requires_grad_()
-        run(leaf).float().square().sum().backward()
-        results.append((leaf.grad, model[0].miss_block_default.grad.clone()))
-        model.zero_grad()
-    for a, b in zip(*results, strict=True):
+    compiled = torch.compile(model, backend=PARTITIONED, fullgraph=True)
+    for a, b in zip(gradients(compiled, model, x), gradients(model, model, x), strict=True):
         assert max_error(a, b) <= (1e-4 if dtype is torch.float32 else 0.02) * float(b.abs().max())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant: bool) -> None:
     model, x = linear(dropout=0.3), torch.randn(70, 32, requires_grad=True)
-    gradients = []
+    found = []
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)):
         torch.manual_seed(4)
-        run(x).square().sum().backward()
-        gradients.append((x.grad.clone(), model[0].miss_block_default.grad.clone()))
+        run(x).square().sum().backward()  # reentrant checkpoints know no torch.autograd.grad
+        found.append((x.grad.clone(), model[0].miss_block_default.grad.clone()))
         x.grad = model[0].miss_block_default.grad = None
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_autocast_has_the_gradients_of_the_base_dtype() -> None:
-    model, x = linear(), torch.randn(70, 32, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = model(x)
-    assert y.dtype is torch.bfloat16
-    y.float().square().sum().backward()
-    low = x.grad.clone(), model[0].miss_block_default.grad.clone()
-    x.grad = model[0].miss_block_default.grad = None
-    model(x).square().sum().backward()
-    for a, b in zip(low, (x.grad, model[0].miss_block_default.grad), strict=True):
+    model, x = linear(), torch.randn(70, 32)
+
+    def low(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y: Tensor = model(x)
+        assert y.dtype is torch.bfloat16
+        return y
+
+    for a, b in zip(gradients(low, model, x), gradients(model, model, x), strict=True):
         assert a.dtype is torch.float32
         assert rms_error(a, b) < 0.02 * rms_error(b, torch.zeros(()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@both_dtypes
 def test_function_transforms_take_the_plain_operations(dtype: torch.dtype) -> None:
-    model, x = linear(dtype), torch.randn(7, 32).to(dtype)
+    model, x, name = linear(dtype), torch.randn(7, 32).to(dtype), "0.miss_block_default"
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
-    def loss(blocks: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(model, {**parameters, **blocks}, x).float().square().sum()
+    def loss(block: Tensor, x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters | {name: block}, x).float().square().sum()
 
-    blocks = {"0.miss_block_default": parameters["0.miss_block_default"]}
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(blocks, x)["0.miss_block_default"]
-    model(x).float().square().sum().backward()
-    whole = model[0].miss_block_default.grad
-    assert rms_error(per_sample.sum(0), whole) < (1e-5 if dtype is torch.float32 else 0.02) * rms_error(
-        whole, torch.zeros(())
-    )
-    _, tangent = torch.func.jvp(lambda b: loss(b, x), (blocks,), (blocks,))
-    assert float(tangent) == pytest.approx(float((whole * blocks["0.miss_block_default"]).sum()), rel=0.02)
+    block = parameters[name]
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(block, x)
+    _, whole = gradients(model, model, x)
+    tolerance = 1e-5 if dtype is torch.float32 else 0.02
+    assert rms_error(per_sample.sum(0), whole) < tolerance * rms_error(whole, torch.zeros(()))
+    _, tangent = torch.func.jvp(lambda b: loss(b, x), (block,), (block,))
+    assert float(tangent) == pytest.approx(float((whole * block).sum()), rel=0.02)
 
 
 def test_a_whole_model_trains_in_steps_that_lower_its_loss() -> None:
     model = mc.adapt(tiny_llama().bfloat16(), mc.MissConfig(r=4, init_weights="bat", target_modules="all-linear"))
-    ids = token_batch()
     optimizer = torch.optim.AdamW([p for _, p in mc.trainable_parameters(model)], lr=1e-2)
     losses = []
     for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(**tokens()).loss
         losses.append(float(loss.detach()))
         loss.backward()
         optimizer.step()
