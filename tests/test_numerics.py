@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import VARIANTS, differentiable_delta, fields, max_error, reference_delta, rms_error
+from support import differentiable_delta, fields, max_error, reference_delta, rms_error
 from torch import Tensor, nn
 from zoo import TwoLinears
 
@@ -148,20 +148,25 @@ def test_low_precision_error_stays_within_the_bound(init_weights: Any, dtype: to
     assert all(error <= 1.5 * max(bounds) for error, bounds in zip(mine, allowed, strict=True)), mine
 
 
-@pytest.mark.parametrize("init_weights", VARIANTS)
-def test_updates_below_half_a_unit_of_the_weight_still_act(init_weights: Any) -> None:
+@pytest.mark.parametrize(("init_weights", "rounded"), [(True, False), ("mini", False), ("bat", False), ("bat", True)])
+def test_updates_below_half_a_unit_of_the_weight_still_act_unless_bat_rounds_it(init_weights: Any, rounded: bool) -> None:
     """bf16 weights near 1 have a unit of 2⁻⁷: a block of 2⁻¹² vanishes in W + ΔW, but not in the adapted output."""
     model = nn.Sequential(nn.Linear(64, 32, bias=False).to(torch.bfloat16))
     sign = torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)
     model[0].weight.data.copy_(sign.expand(32, 64))
     x = torch.ones(5, 64, dtype=torch.bfloat16)
     assert model(x).abs().max() == 0
-    mc.adapt(model, mc.MissConfig(**fields(init_weights, r=8, mini_r=4)))
-    model[0].miss_block_default.data.fill_(2.0**-12)
-    delta = reference_delta(init_weights, model[0].miss_block_default, model[0].weight)
+    mc.adapt(model, mc.MissConfig(**fields(init_weights, r=8)), round_bat_weight=rounded)
+    block = model[0].miss_block_default
+    block.data.fill_(2.0**-12)
+    delta = reference_delta(init_weights, block, model[0].weight)
     assert torch.equal((model[0].weight.double() + delta).bfloat16(), model[0].weight)
-    assert max_error(model(x), F.linear(x.double(), delta)) < 1e-4
-    assert float(F.linear(x.double(), delta).abs().min()) > 0.01
+    expected = F.linear(x.double(), delta)
+    assert float(expected.abs().min()) > 0.01
+    y = model(x)
+    assert max_error(y, torch.zeros(()) if rounded else expected) < (1e-9 if rounded else 1e-4)
+    y.float().sum().backward()
+    assert float(block.grad.abs().min()) > 0  # the block itself learns in both
 
 
 def test_float16_shard_sums_do_not_overflow() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import adapted, differentiable_delta, max_error, reference_delta, rms_error
+from support import adapted, differentiable_delta, kept_for_backward, max_error, rms_error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -102,26 +102,6 @@ def test_the_factored_form(lead: tuple[int, ...], dtype: torch.dtype, transposed
     assert torch.equal(bat.bat_linear(x, weight, bias, zeros, False, 6), F.linear(x, weight, bias))
 
 
-def test_the_rounded_form_loses_small_updates_and_the_default_does_not() -> None:
-    """bf16 weights near 1 have a unit of 2⁻⁷: a block of 2⁻¹² vanishes in W + ΔW."""
-    x = torch.ones(5, 64, dtype=torch.bfloat16)
-    sign = torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)
-    outputs = {}
-    for round_weight in (False, True):
-        model = nn.Sequential(nn.Linear(64, 32, bias=False).to(torch.bfloat16))
-        model[0].weight.data.copy_(sign.expand(32, 64))
-        mc.adapt(model, mc.MissConfig(r=2, init_weights="bat", target_modules=["0"]), round_bat_weight=round_weight)
-        block = model[0].miss_block_default
-        block.data.fill_(2.0**-12)
-        outputs[round_weight] = model(x)
-        outputs[round_weight].float().sum().backward()
-        assert float(block.grad.abs().min()) > 0  # the block itself learns in both
-        delta = reference_delta("bat", block, model[0].weight)
-        assert float(F.linear(x.double(), delta).abs().min()) > 0.01
-    assert max_error(outputs[False], F.linear(x.double(), delta)) < 1e-4
-    assert float(outputs[True].abs().max()) == 0
-
-
 def test_round_bat_weight_is_kept_by_copies_switches_and_loads(tmp_path: Any) -> None:
     """It shows in the class of an owner, which is one for all owners of equal structure."""
 
@@ -149,20 +129,6 @@ def linear(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Seque
     return adapted(model, "bat", r=8, miss_dropout=dropout)  # type: ignore[return-value]
 
 
-def kept(model: Any, x: Tensor, *owned: Tensor) -> list[tuple[int, ...]]:
-    """Shapes of what is kept for the backward beside the given tensors."""
-    known, shapes = {t.untyped_storage().data_ptr() for t in owned}, []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            shapes.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return shapes
-
-
 def gradients(run: Any, model: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
     """Those of `x` and the block."""
     leaf = x.detach().clone().requires_grad_()
@@ -177,7 +143,7 @@ def test_nothing_of_the_size_of_the_weight_is_kept(dtype: torch.dtype, compiled:
     if compiled:
         run = torch.compile(model, backend=PARTITIONED, fullgraph=True)
         run(x).sum().backward()
-    assert kept(run, x, x, *model.parameters()) == []
+    assert kept_for_backward(lambda: run(x), x, *model.parameters()) == []
 
 
 def test_one_graph_for_all_lengths() -> None:
