@@ -254,3 +254,28 @@ class Trap:
             return result
 
         return guarded
+
+
+def differentiable_delta(init_weights: Any, block: Tensor, weight: Tensor) -> Tensor:
+    """`reference_delta` by index arithmetic, in the dtype of its operands, so that autograd can go through it."""
+    out_features, in_features = weight.shape
+    if init_weights == "bat":
+        r = block.shape[-1]
+        pieces = weight.unflatten(1, (-1, r)).unflatten(0, (-1, r)).transpose(1, 2)  # W[o, k]
+        return (pieces @ block.unsqueeze(1) + block.unsqueeze(1)).transpose(1, 2).reshape(weight.shape)
+    r, columns = block.shape
+    return block[torch.arange(in_features) % r][:, torch.arange(out_features) % columns].T
+
+
+def kept_for_backward(call: Callable[[], Any], *owned: Tensor) -> list[Tensor]:
+    """What autograd keeps of a call for the backward, each storage once, without those of the given tensors."""
+    kept: dict[int, Tensor] = {}  # alive, so that no later tensor is given the same place
+    known = {tensor.untyped_storage().data_ptr() for tensor in owned}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return [tensor for place, tensor in kept.items() if place not in known]

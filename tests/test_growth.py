@@ -2,72 +2,59 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from misscompile.passes import trace
-from support import VARIANTS, fill_blocks
-from torch import nn
+from support import VARIANTS, adapted, fields
+from torch import fx, nn
 from zoo import tiny_llama, token_batch
 
 import misscompile as mc
-from misscompile import cost, pipeline, state
 from misscompile.targets import exact_targets, select_names
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+variants = pytest.mark.parametrize("init_weights", VARIANTS)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the model was walked and a forward was traced, from empty caches on."""
-    counted: Counter[str] = Counter()
-
-    def count(owner: Any, name: str, users: tuple[Any, ...] = ()) -> None:
-        function = getattr(owner, name)
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            counted[name] += 1
-            return function(*args, **kwargs)
-
-        for user in (owner, *users):
-            monkeypatch.setattr(user, name, counting)
-
-    from misscompile import adapting, merging, planning
-
-    monkeypatch.setattr(pipeline, "_traced", {})
-    monkeypatch.setattr(pipeline, "_classes", {})
-    count(state, "named_modules", (adapting, merging, planning))
-    count(trace, "trace_forward", (pipeline,))
-    count(pipeline, "make_class")
-    count(pipeline, "run_passes")
+def calls_of_verbs(layers: int) -> dict[str, int]:
+    """How many functions of Python each verb calls on a model of so many layers."""
+    model, counted = tiny_llama(num_hidden_layers=layers), {}
+    verbs: dict[str, Callable[[], Any]] = {
+        "adapt": lambda: mc.adapt(model, mc.MissConfig(**fields())),
+        "set_adapter": lambda: mc.set_adapter(model, "default"),
+        "merge": lambda: mc.merge(model),
+    }
+    for name, verb in verbs.items():
+        events: list[str] = []
+        sys.setprofile(lambda frame, event, _, events=events: events.append(event))
+        try:
+            verb()
+        finally:
+            sys.setprofile(None)
+        counted[name] = events.count("call")
     return counted
 
 
-def _verbs(model: nn.Module) -> Iterator[str]:
-    mc.adapt(model, mc.MissConfig(r=4, target_modules="all-linear"))
-    yield "adapt"
-    mc.set_adapter(model, "default")
-    yield "set_adapter"
-    mc.merge(model)
-    yield "merge"
+def test_verbs_do_as_much_for_every_layer_and_trace_equal_layers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls_of_verbs(1)
+    traced: list[str] = []
 
+    def count(owner: type, name: str) -> None:
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: traced.append(name) or function(*args, **kwargs))
 
-def test_walks_traces_and_classes_do_not_grow_with_the_layers(calls: Counter[str]) -> None:
-    found = []
-    for layers in (1, 6):
-        pipeline._traced.clear()
-        pipeline._classes.clear()
-        counts = {}
-        for verb in _verbs(tiny_llama(num_hidden_layers=layers)):
-            counts[verb] = Counter(calls)
-            calls.clear()
-        found.append(counts)
-    assert found[0] == found[1]
-    assert found[0]["adapt"]["trace_forward"] == found[0]["adapt"]["run_passes"] == 4  # shapes: q and o, k and v, up, down
-    assert found[0]["adapt"]["named_modules"] == 1
+    for owner, name in ((fx.Tracer, "trace"), (fx.Graph, "lint"), (fx.Graph, "python_code")):
+        count(owner, name)
+    one, three, five = (calls_of_verbs(layers) for layers in (1, 3, 5))
+    assert traced == []
+    assert min(one.values()) > 100
+    for verb in one:
+        assert five[verb] - three[verb] == pytest.approx(three[verb] - one[verb], rel=0.02), verb
+    adapted(tiny_llama(num_hidden_layers=5), r=7)
+    assert traced.count("python_code") == 4  # shapes: q and o, k and v, gate and up, down
 
 
 class _Counted(str):
@@ -97,27 +84,17 @@ def test_a_list_that_names_every_module_is_not_tried_against_every_name() -> Non
     assert _Counted.tests < 20 * len(names)
 
 
-@pytest.mark.parametrize("init_weights", VARIANTS)
+@variants
 def test_a_70b_llama_on_the_meta_device(init_weights: Any) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes: dict[str, Any] = {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    }
+    r = m = 64
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**sizes))
-    mc.adapt(model, mc.MissConfig(r=64, mini_r=64, init_weights=init_weights, target_modules="all-linear"))
+        model = tiny_llama(**sizes, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=2048)
+    mc.adapt(model, mc.MissConfig(**fields(init_weights, r=r, mini_r=m)))
     blocks = dict(mc.trainable_parameters(model))
     assert len(blocks) == 560
     assert all(block.is_meta for block in blocks.values())
-    shapes = [(8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), (8192, 28672), (8192, 28672), (28672, 8192)]
-    expression = cost.PARAMETERS["balance" if init_weights is True else init_weights]
-    expected = 80 * sum(cost.evaluate(expression, 1, *shape, 64, 64) for shape in shapes)
+    expected = 80 * r * (7 * m if init_weights == "mini" else 3 * 8192 + 2 * 1024 + 2 * 28672)
     assert sum(block.numel() for block in blocks.values()) == expected
     text = mc.dump(model)
     assert f"560 sites, {expected:,} parameters, 0 refused" in text
@@ -140,35 +117,34 @@ def _step(model: Callable[..., Any], length: int = 7) -> None:
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
 
-@pytest.mark.parametrize("init_weights", VARIANTS)
+@variants
 def test_guards_of_a_compiled_model_over_its_base(init_weights: Any) -> None:
     """Each parameter has guards of its own, and so has whatever else a generated forward reads."""
-    base = tiny_llama(num_hidden_layers=4).train()
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
+    base = tiny_llama(num_hidden_layers=4).train().requires_grad_(False)
     base.get_input_embeddings().weight.requires_grad_(True)
     compiled, base_guards = _compile(base)
     _step(compiled)
     torch._dynamo.reset()
-    model = tiny_llama(num_hidden_layers=4).train()
-    mc.adapt(model, mc.MissConfig(r=4, mini_r=2, init_weights=init_weights, target_modules="all-linear"))
-    compiled, guards = _compile(fill_blocks(model))
+    model = adapted(tiny_llama(num_hidden_layers=4), init_weights).train()
+    compiled, guards = _compile(model)
+
+    def step_disabled() -> None:
+        with mc.disable_adapter(model), torch.no_grad():
+            compiled(input_ids=token_batch())
+
     _step(compiled)
     assert len(base_guards) == len(guards) == 1
     assert base_guards[0] > 100
     assert guards[0] <= 1.15 * base_guards[0]
     _step(compiled)
     assert len(guards) == 1  # a second step
-    with mc.disable_adapter(model), torch.no_grad():
-        compiled(input_ids=token_batch())
+    step_disabled()
     graphs = len(guards)
     _step(compiled)
-    with mc.disable_adapter(model), torch.no_grad():
-        compiled(input_ids=token_batch())
+    step_disabled()
     assert len(guards) == graphs  # both forms are kept
     _step(compiled, 9)
-    dynamic = len(guards)
-    assert dynamic == graphs + 1
+    assert len(guards) == graphs + 1
     _step(compiled, 11)
     _step(compiled, 14)
-    assert len(guards) == dynamic  # one graph for every length
+    assert len(guards) == graphs + 1  # one graph for every length

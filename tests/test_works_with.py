@@ -1,17 +1,23 @@
-"""What an adapted model must keep working with: torch.compile, generate, copies, hooks, tied weights, meta, …"""
+"""What an adapted model must keep working with: torch.compile, generate, copies, hooks, device maps, meta, wrappers, …"""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from support import VARIANTS, adapted, fill_blocks, max_error
+from accelerate import dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from support import VARIANTS, adapted, fields, fill_blocks, max_error, run, state
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrizations
@@ -20,14 +26,13 @@ from zoo import TwoLinears, tiny_gpt2, tiny_llama, token_batch
 import misscompile as mc
 
 IDS = token_batch()
+variants = pytest.mark.parametrize("init_weights", VARIANTS)
 
 
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits  # type: ignore[no-any-return]
+# torch.compile
 
 
-@pytest.mark.parametrize("init_weights", VARIANTS)
+@variants
 def test_compiles_to_one_graph_for_inference_and_training(init_weights: Any) -> None:
     for training in (False, True):
         torch._dynamo.reset()
@@ -42,23 +47,17 @@ def test_compiles_to_one_graph_for_inference_and_training(init_weights: Any) -> 
             assert all(parameter.grad is not None for _, parameter in mc.trainable_parameters(model))
 
 
-@pytest.mark.parametrize("init_weights", VARIANTS)
-@pytest.mark.parametrize("r", [4, 5])
+@pytest.mark.parametrize(("init_weights", "r"), [(True, 4), (True, 5), ("mini", 4), ("mini", 5), ("bat", 4)])
 def test_inductor_computes_what_eager_computes(init_weights: Any, r: int) -> None:
-    if init_weights == "bat" and r == 5:
-        pytest.skip("bat needs r to divide in")
     model = adapted(TwoLinears(), init_weights, r=r)
     x = torch.randn(3, 5, 12, requires_grad=True)
 
     def step(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        parameters = [parameter for _, parameter in mc.trainable_parameters(model)]
         y = function(x)
-        return [y, *torch.autograd.grad(y.square().sum(), [x, *parameters])]
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *(p for _, p in mc.trainable_parameters(model))])]
 
     expected = step(model)
-    actual = step(torch.compile(model, fullgraph=True))
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(step(torch.compile(model, fullgraph=True)), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("input_gradients", "graphs"), [(False, 2), (True, 1)])
@@ -77,50 +76,47 @@ def test_equal_layers_compiled_one_by_one_share_their_graph(input_gradients: boo
 def test_new_values_and_seen_states_recompile_nothing() -> None:
     model, counter = adapted(tiny_llama()), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        first = compiled(IDS).logits
-        with mc.disable_adapter(model):
-            base = compiled(IDS).logits
-        assert counter.frame_count == 2
-        fill_blocks(model, seed=5)
-        second = compiled(IDS).logits
-        with mc.disable_adapter(model):
-            assert torch.equal(compiled(IDS).logits, base)
+    first = run(compiled, IDS)
+    with mc.disable_adapter(model):
+        base = run(compiled, IDS)
+    assert counter.frame_count == 2
+    fill_blocks(model, seed=5)
+    second = run(compiled, IDS)
+    with mc.disable_adapter(model):
+        assert torch.equal(run(compiled, IDS), base)
     assert counter.frame_count == 2
     assert max_error(first, base) > 1e-3
     assert max_error(second, first) > 1e-3
 
 
+# Generation, copies, checkpoints
+
+
 def test_generates_with_dynamic_and_static_cache() -> None:
     model = fill_blocks(adapted(tiny_llama()), std=0.3)
-    mask = torch.ones_like(IDS)
-    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False}
     dynamic = model.generate(IDS, **options)
-    static = model.generate(IDS, cache_implementation="static", **options)
-    assert torch.equal(dynamic, static)
+    assert torch.equal(dynamic, model.generate(IDS, cache_implementation="static", **options))
     with mc.disable_adapter(model):
         assert not torch.equal(model.generate(IDS, **options), dynamic)
 
 
-@pytest.mark.parametrize("init_weights", VARIANTS)
+@variants
 def test_deepcopy_and_pickle_are_adapted_models_of_their_own(init_weights: Any) -> None:
     model = adapted(tiny_llama(), init_weights)
-    expected = logits(model)
+    expected = run(model, IDS)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
     for other in copies:
-        assert torch.equal(logits(other), expected)
+        assert torch.equal(run(other, IDS), expected)
         mc.unload(other)
-    assert torch.equal(logits(model), expected)
-    assert torch.equal(logits(copies[0]), logits(tiny_llama()))
+        assert torch.equal(run(other, IDS), run(tiny_llama(), IDS))
+    assert torch.equal(run(model, IDS), expected)
 
 
-def test_an_unpickled_model_works_in_a_fresh_process(tmp_path: Any) -> None:
-    import subprocess
-    import sys
-
+def test_an_unpickled_model_works_in_a_fresh_process(tmp_path: Path) -> None:
     model = adapted(TwoLinears(), "bat")
     x = torch.randn(3, 12)
     torch.save((model, x, model(x)), tmp_path / "model.pt")
@@ -130,15 +126,12 @@ def test_an_unpickled_model_works_in_a_fresh_process(tmp_path: Any) -> None:
         "assert torch.equal(model(x), y); import misscompile; misscompile.merge(model);"
         "assert type(model.up) is torch.nn.Linear; torch.testing.assert_close(model(x), y)"
     )
-    import support
-
-    folder = str(__import__("pathlib").Path(support.__file__).parent)
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt"), folder], check=True)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt"), str(Path(__file__).parent)], check=True)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
-    def gradients(checkpointing: bool) -> list[Tensor]:
+    def gradients(checkpointing: bool) -> list[Any]:
         model = adapted(tiny_llama()).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -146,48 +139,42 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         return [parameter.grad for _, parameter in mc.trainable_parameters(model)]
 
-    for a, b in zip(gradients(True), gradients(False), strict=True):
-        assert a is not None
-        assert float(b.abs().max()) > 0
-        torch.testing.assert_close(a, b)
+    expected = gradients(False)
+    assert all(float(gradient.abs().max()) > 0 for gradient in expected)
+    torch.testing.assert_close(gradients(True), expected)
 
 
 def test_a_base_checkpoint_loads_before_and_after_adapting() -> None:
-    state = {name: torch.randn_like(value) * 0.1 for name, value in tiny_llama().state_dict().items()}
+    values = {name: torch.randn_like(value) * 0.1 for name, value in tiny_llama().state_dict().items()}
     before, after = tiny_llama(), adapted(tiny_llama())
-    before.load_state_dict(state)
+    before.load_state_dict(values)
     adapted(before)
-    after.load_state_dict(state)
-    assert torch.equal(logits(before), logits(after))
-    assert max_error(logits(after), logits(adapted(tiny_llama()))) > 1e-3
+    after.load_state_dict(values)
+    assert torch.equal(run(before, IDS), run(after, IDS))
+    assert max_error(run(after, IDS), run(adapted(tiny_llama()), IDS)) > 1e-3
     with pytest.raises(RuntimeError, match=r"q_proj\.weight"):
-        after.load_state_dict({k: v for k, v in state.items() if "q_proj" not in k})
-    full = after.state_dict()
-    assert sum("miss_block" in key for key in full) == 14
-    assert set(full) - {key for key in full if "miss_block" in key} == set(state)
+        after.load_state_dict({k: v for k, v in values.items() if "q_proj" not in k})
+    blocks = {key for key in after.state_dict() if "miss_block" in key}
+    assert len(blocks) == 14
+    assert set(after.state_dict()) - blocks == set(values)
 
 
-class _Count:
-    """An accelerate hook that counts its calls."""
+# Hooks and wrappers of others
 
-    def __new__(cls) -> Any:
-        from accelerate.hooks import ModelHook
 
-        class Hook(ModelHook):
-            calls = 0
+class _Count(ModelHook):
+    """Counts its calls."""
 
-            def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                self.calls += 1
-                return args, kwargs
+    calls = 0
 
-        return Hook()
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return args, kwargs
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_accelerate_hooks_put_on_before_or_after(when: str) -> None:
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-    expected, base = logits(adapted(tiny_llama())), logits(tiny_llama())
+    expected, base = run(adapted(tiny_llama()), IDS), run(tiny_llama(), IDS)
     model, hook = tiny_llama(), _Count()
 
     def add_hooks() -> None:
@@ -195,72 +182,56 @@ def test_accelerate_hooks_put_on_before_or_after(when: str) -> None:
             if isinstance(module, nn.Linear):
                 add_hook_to_module(module, hook)
 
-    if when == "before":
-        add_hooks()
-    adapted(model)
-    if when == "after":
-        add_hooks()
-    assert torch.equal(logits(model), expected)
+    for step in (add_hooks, lambda: adapted(model))[:: 1 if when == "before" else -1]:
+        step()
+    assert torch.equal(run(model, IDS), expected)
     assert hook.calls == 15
     with mc.disable_adapter(model):
-        assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model), expected)
-    assert torch.equal(logits(copy.deepcopy(model)), expected)
-    merged = mc.merge(copy.deepcopy(model))
-    torch.testing.assert_close(logits(merged), expected)
+        assert torch.equal(run(model, IDS), base)
+    assert torch.equal(run(model, IDS), expected)
+    assert torch.equal(run(copy.deepcopy(model), IDS), expected)
+    torch.testing.assert_close(run(mc.merge(copy.deepcopy(model)), IDS), expected)
     remove_hook_from_module(model, recurse=True)
     hook.calls = 0
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(run(model, IDS), expected)
     assert hook.calls == 0
     mc.unload(model)
-    assert torch.equal(logits(model), base)
+    assert torch.equal(run(model, IDS), base)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("offload", [False, True])
-def test_dispatch_model_with_a_device_map(when: str, offload: bool, tmp_path: Any) -> None:
-    from accelerate import dispatch_model
-
-    expected = logits(adapted(tiny_llama()))
-    model = tiny_llama()
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk" if offload else "cpu"}
-    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+def test_dispatch_model_with_a_device_map(when: str, offload: bool, tmp_path: Path) -> None:
+    expected, model = run(adapted(tiny_llama()), IDS), tiny_llama()
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places["model.layers.1"] = "disk" if offload else "cpu"
 
     def dispatch() -> None:
         dispatch_model(model, device_map=places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
 
-    if when == "after":
-        adapted(model)
-        dispatch()
-    else:
+    if when == "before":
         dispatch()
         if offload:
-            config = mc.MissConfig(r=4, target_modules=["q_proj"])
             with pytest.raises(mc.UnsupportedModuleError, match=r"layers\.1\.self_attn\.q_proj.*offloads"):
-                mc.adapt(model, config)
+                mc.adapt(model, mc.MissConfig(r=4, target_modules=["q_proj"]))
             return
-        adapted(model)
+    adapted(model)
+    if when == "after":
+        dispatch()
     assert hasattr(model.model.layers[1].mlp.up_proj, "_hf_hook")
-    assert torch.equal(logits(model), expected)
+    assert torch.equal(run(model, IDS), expected)
     if not offload:
-        mc.merge(model)
-        torch.testing.assert_close(logits(model), expected)
+        torch.testing.assert_close(run(mc.merge(model), IDS), expected)
 
 
-@pytest.mark.parametrize("init_weights", VARIANTS)
+@variants
 def test_parametrized_linears(init_weights: Any) -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        first, second = nn.Linear(12, 8), nn.Linear(8, 20)
-        return nn.Sequential(parametrizations.weight_norm(first), nn.Tanh(), parametrizations.orthogonal(second))
-
-    x = torch.randn(3, 12)
-    model = build()
+    first, second = parametrizations.weight_norm(nn.Linear(12, 8)), parametrizations.orthogonal(nn.Linear(8, 20))
+    model, x = nn.Sequential(first, nn.Tanh(), second), torch.randn(3, 12)
     base = model(x)
-    mc.adapt(model, mc.MissConfig(r=4, mini_r=2, target_modules="all-linear", init_weights=init_weights))
+    mc.adapt(model, mc.MissConfig(**fields(init_weights)))
     assert torch.equal(model(x), base)
-    fill_blocks(model)
-    y = model(x)
+    y = fill_blocks(model)(x)
     assert max_error(y, base) > 1e-3
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), y)
@@ -286,41 +257,8 @@ def test_a_model_on_the_meta_device() -> None:
         mc.merge(model)
     filled = adapted(tiny_llama())
     model.load_state_dict(filled.state_dict(), assign=True)
-    torch.testing.assert_close(
-        model.model.layers[0].mlp(torch.ones(1, 32)), filled.model.layers[0].mlp(torch.ones(1, 32)), rtol=0, atol=0
-    )
-
-
-def test_a_tied_output_layer_is_not_merged_into_the_embedding() -> None:
-    model = tiny_llama(tie_word_embeddings=True)
-    embedding = model.model.embed_tokens.weight.detach().clone()
-    with pytest.warns(mc.MissWarning, match=r"lm_head shares its weight with model\.embed_tokens\.weight"):
-        mc.adapt(model, mc.MissConfig(r=4, target_modules=["lm_head"]))
-    fill_blocks(model)
-    expected = logits(model)
-    with pytest.raises(mc.MergeError, match=r"lm_head.*model\.embed_tokens\.weight.*Untie"):
-        mc.merge(model)
-    assert torch.equal(logits(model), expected)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    model.config.tie_word_embeddings = False
-    mc.merge(model)
-    torch.testing.assert_close(logits(model), expected)
-    assert torch.equal(model.model.embed_tokens.weight, embedding)
-
-
-def test_linears_that_share_a_weight_share_their_block() -> None:
-    model = TwoLinears()
-    model.other = nn.Linear(12, 8, bias=False)
-    model.other.weight = model.up.weight
-    mc.adapt(model, mc.MissConfig(r=4, target_modules=["up", "other"]))
-    assert model.up.miss_block_default is model.other.miss_block_default
-    fill_blocks(model)
-    x = torch.randn(3, 12)
-    expected = model.up(x)
-    assert torch.equal(model.other(x), expected)
-    mc.merge(model)
-    assert model.up.weight is model.other.weight
-    torch.testing.assert_close(model.up(x), expected)
+    mlps = [each.model.layers[0].mlp for each in (model, filled)]
+    assert torch.equal(*(mlp(torch.ones(1, 32)) for mlp in mlps))
 
 
 @pytest.mark.parametrize("wrap", ["compile", "data parallel"])
@@ -338,29 +276,19 @@ def test_wrappers_are_adapted_inside(wrap: str) -> None:
     assert torch.equal(model(x), base)
 
 
-def test_hooks_of_the_base_layer_still_run_and_an_unfrozen_weight_gets_its_gradient() -> None:
-    for init_weights in VARIANTS:
-        model = adapted(TwoLinears(), init_weights)
-        seen: list[str] = []
-        model.up.register_forward_hook(lambda *_, seen=seen: seen.append("forward"))
-        model.up.register_forward_pre_hook(lambda *_, seen=seen: seen.append("pre"))
-        model.up.weight.requires_grad_(True)
-        model(torch.randn(3, 12)).sum().backward()
-        assert seen == ["pre", "forward"]
-        assert float(model.up.weight.grad.abs().max()) > 0
+# What a user sees
 
 
-def test_the_module_tree_classes_and_names_stay() -> None:
-    for make in (tiny_llama, tiny_gpt2):
-        model = make()
-        tree = [(name, type(module).__name__) for name, module in model.named_modules()]
-        classes = [(name, type(module)) for name, module in model.named_modules()]
-        names = [name for name, _ in model.named_parameters()]
-        adapted(model)
-        assert [(name, type(module).__name__) for name, module in model.named_modules()] == tree
-        assert all(isinstance(model.get_submodule(name), kind) for name, kind in classes)
-        assert [name for name, _ in model.named_parameters() if "miss_block" not in name] == names
-        assert all("miss_block" in name for name, _ in mc.trainable_parameters(model))
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
+def test_the_module_tree_classes_and_names_stay(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    classes = [(name, type(module)) for name, module in model.named_modules()]
+    names = [name for name, _ in model.named_parameters()]
+    adapted(model)
+    assert [(name, type(module).__name__) for name, module in model.named_modules()] == [(n, k.__name__) for n, k in classes]
+    assert all(isinstance(model.get_submodule(name), kind) for name, kind in classes)
+    assert [name for name, _ in model.named_parameters() if "miss_block" not in name] == names
+    assert all("miss_block" in name for name, _ in mc.trainable_parameters(model))
 
 
 def test_disable_nests_and_survives_an_error() -> None:
@@ -379,65 +307,23 @@ def test_disable_nests_and_survives_an_error() -> None:
     assert torch.equal(model(x), y)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("init_weights", VARIANTS)
-def test_merge_unmerge_and_unload_are_bit_exact(init_weights: Any, dtype: torch.dtype) -> None:
-    model = adapted(TwoLinears().to(dtype), init_weights)
-    x = torch.randn(3, 12).to(dtype)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    y = model(x)
-    mc.merge(model, keep_adapters=True)
-    assert max_error(model(x), y) < (1e-5 if dtype is torch.float32 else 2e-2)
-    assert not torch.equal(model.up.weight, weights["up.weight"])
-    assert torch.equal(model.up.miss_block_default, weights["up.miss_block_default"])
-    merged = model(x)
-    with mc.disable_adapter(model):
-        assert torch.equal(model.up.weight, weights["up.weight"])
-        inside = model(x)
-    assert torch.equal(model(x), merged)
-    twin = copy.deepcopy(model)
-    mc.unmerge(model)
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert torch.equal(model(x), y)
-    with mc.disable_adapter(model):
-        assert torch.equal(model(x), inside)
-    mc.unload(twin)
-    assert torch.equal(twin(x), inside)
-    assert type(twin.up) is nn.Linear
-    with pytest.raises(mc.StateError, match="nothing is merged"):
-        mc.unmerge(model)
-
-
 def test_unmerge_refuses_when_the_weight_changed_since() -> None:
-    model = adapted(TwoLinears())
-    mc.merge(model, keep_adapters=True)
+    model = mc.merge(adapted(TwoLinears()), keep_adapters=True)
     with torch.no_grad():
         model.down.weight.add_(1.0)
-    changed = model.down.weight.detach().clone()
+    changed = state(model)
     with pytest.raises(mc.MergeError, match=r"down.*changed"):
         mc.unmerge(model)
-    assert torch.equal(model.down.weight, changed)
+    torch.testing.assert_close(state(model), changed, rtol=0, atol=0)
 
 
 def test_printed_sentence_is_pefts(capsys: pytest.CaptureFixture[str]) -> None:
-    import peft
-
     config = {"r": 4, "target_modules": ["up", "down"]}
     peft.get_peft_model(TwoLinears(), peft.MissConfig(**config)).print_trainable_parameters()
     expected = capsys.readouterr().out
     mc.print_trainable_parameters(mc.adapt(TwoLinears(), mc.MissConfig(**config)))
     assert capsys.readouterr().out == expected
     assert expected.startswith("trainable params: 112 ||")
-
-
-def test_conv1d_is_adapted_and_merged_in_its_own_layout() -> None:
-    for init_weights in VARIANTS:
-        model = adapted(tiny_gpt2(), init_weights)
-        y = logits(model)
-        assert max_error(y, logits(tiny_gpt2())) > 1e-3
-        mc.merge(model)
-        assert type(model.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
-        torch.testing.assert_close(logits(model), y, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_warned_on_an_ordinary_model() -> None:

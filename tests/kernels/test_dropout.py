@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import adapted, kept_for_backward
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from zoo import tiny_llama, token_batch
+from zoo import two_linears
 
-import misscompile as mc
 from misscompile.dropout import dropout
 
 
@@ -28,6 +28,10 @@ def run(function: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, gradient, torch.rand(2)
 
 
+def assert_equal(ours: Any, theirs: Any) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("training", [False, True])
@@ -36,14 +40,12 @@ def test_equals_dropout_and_leaves_the_stream_where_it_does(
     dtype: torch.dtype, p: float, training: bool, shape: tuple[int, ...]
 ) -> None:
     x = sample(*shape, dtype=dtype)
-    for ours, theirs in zip(run(dropout, x, p, training), run(F.dropout, x, p, training), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_equal(run(dropout, x, p, training), run(F.dropout, x, p, training))
 
 
 def test_other_memory_orders_get_the_same_mask_back() -> None:
     x = torch.randn(12, 50).t().requires_grad_()
-    for ours, theirs in zip(run(dropout, x, 0.5, True), run(F.dropout, x, 0.5, True), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_equal(run(dropout, x, 0.5, True), run(F.dropout, x, 0.5, True))
     y = dropout(leaf := sample(), 0.5, True)
     upstream = torch.randn(12, 50).t()
     (gradient,) = torch.autograd.grad(y, leaf, upstream)
@@ -51,11 +53,20 @@ def test_other_memory_orders_get_the_same_mask_back() -> None:
 
 
 def test_keeps_the_state_of_the_generator_and_nothing_else() -> None:
-    kept: list[int] = []
     x = sample(4096, 64)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        dropout(x, 0.5, True)
-    assert kept == [torch.get_rng_state().nbytes]
+    assert [t.nbytes for t in kept_for_backward(lambda: dropout(x, 0.5, True))] == [torch.get_rng_state().nbytes]
+
+
+def test_a_model_keeps_a_state_more_for_each_site() -> None:
+    """A mask would be as large as its input."""
+
+    def kept(p: float) -> int:
+        model = adapted(two_linears(), miss_dropout=p).train()
+        x = torch.randn(200, 12).requires_grad_()
+        found = kept_for_backward(lambda: model(x), *model.parameters())
+        return sum(t.untyped_storage().nbytes() for t in found)
+
+    assert kept(0.1) == kept(0.0) + 2 * torch.get_rng_state().nbytes
 
 
 def test_backward_later_and_in_another_order() -> None:
@@ -88,18 +99,14 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
     def direct(x: Tensor) -> Tensor:
         return dropout(dropout(x, 0.5, True).sin(), 0.3, True)
 
-    def again(x: Tensor) -> Tensor:
-        return checkpoint(direct, x, use_reentrant=use_reentrant)
-
     results = []
-    for function in (direct, again):
+    for function in (direct, lambda x: checkpoint(direct, x, use_reentrant=use_reentrant)):
         torch.manual_seed(3)
         leaf = x.detach().clone().requires_grad_()
         y = function(leaf)
         y.square().sum().backward()
         results.append((y, leaf.grad))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    assert_equal(*results)
 
 
 def test_function_transforms_and_compile_use_dropout_itself() -> None:
@@ -108,30 +115,6 @@ def test_function_transforms_and_compile_use_dropout_itself() -> None:
     assert 0.2 < float((each == 0).float().mean()) < 0.8
     gradient = torch.func.grad(lambda x: dropout(x, 0.5, True).sum())(x.detach())
     assert set(gradient.unique().tolist()) == {0.0, 2.0}
-    compiled = torch.compile(lambda x: dropout(x, 0.5, True), backend="aot_eager", fullgraph=True)
-    y = compiled(x)
+    y = torch.compile(lambda x: dropout(x, 0.5, True), backend="aot_eager", fullgraph=True)(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(gradient != 0, y != 0)
-
-
-def test_a_model_keeps_little_more_for_dropout() -> None:
-    """A state for each site, and a sum for each, since no two drop the same; a mask would be as large as its input."""
-
-    def kept(p: float) -> int:
-        model = mc.adapt(tiny_llama(), mc.MissConfig(r=4, target_modules="all-linear", miss_dropout=p)).train()
-        known = {t.untyped_storage().data_ptr(): 0 for t in model.parameters()}
-        alive = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            alive.append(tensor)
-            known.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
-            return tensor
-
-        embedding = model.get_input_embeddings()
-        embedding.register_forward_hook(lambda m, args, y: y.requires_grad_())
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model(input_ids=token_batch(4, 60))
-        return sum(known.values())
-
-    sites, shared, tokens, r = 14, 6, 4 * 60, 4
-    assert kept(0.1) == kept(0.0) + sites * torch.get_rng_state().nbytes + shared * 4 * tokens * r

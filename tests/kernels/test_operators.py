@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import fill_blocks, max_error
+from support import adapted, fill_blocks, max_error
 from torch import Tensor, library, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -20,6 +20,11 @@ MANY, FEW = 2 * products.MANY_TOKENS, products.MANY_TOKENS // 2
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (0.5 * torch.randn(shape)).to(dtype).requires_grad_()
+
+
+def two_linears(init_weights: Any) -> nn.Module:
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, IN)).bfloat16()
+    return adapted(model, init_weights, r=R, mini_r=M)
 
 
 def compiled(function: Any) -> Any:
@@ -40,44 +45,45 @@ def graph_targets(function: Any, *operands: Any) -> list[Any]:
     return found
 
 
+def step(run: Any, operands: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    """The output and the gradient of every operand."""
+    y = run(*operands)
+    return [y, *torch.autograd.grad(y, operands, cotangent)]
+
+
+def assert_as_eager(function: Any, operands: list[Tensor], units: int) -> None:
+    """Within so many units in the last place of the largest value."""
+    cotangent = torch.randn(function(*operands).shape).to(operands[0].dtype)
+    for ours, eager in zip(*(step(run, operands, cotangent) for run in (compiled(function), function)), strict=True):
+        assert (ours.shape, ours.dtype) == (eager.shape, eager.dtype)
+        assert max_error(ours, eager) <= units * torch.finfo(cotangent.dtype).eps * float(eager.abs().max())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [(MANY,), (FEW,), (2, MANY), ()])
 @pytest.mark.parametrize("variant", ["balance", "mini", "wide mini", "bat"])
 def test_values_and_gradients_are_those_of_eager(dtype: torch.dtype, tokens: tuple[int, ...], variant: str) -> None:
-    torch.manual_seed(0)
-    x = leaf(*tokens, IN, dtype=dtype)
+    x, y = leaf(*tokens, IN, dtype=dtype), leaf(*tokens, OUT, dtype=dtype)
     if variant == "bat":
-        weight, bias, block = leaf(OUT, IN, dtype=dtype), leaf(OUT, dtype=dtype), leaf(OUT // R, R, R)
-        operands = [x, weight, bias, block]
+        operands = [x, leaf(OUT, IN, dtype=dtype), leaf(OUT, dtype=dtype), leaf(OUT // R, R, R)]
         function = lambda x, weight, bias, block: bat.bat_linear(x, weight, bias, [block], True, 4)  # noqa: E731
         operator = bat.BAT_LINEAR
     elif variant == "balance":
-        operands = [leaf(*tokens, OUT, dtype=dtype), x, leaf(R, OUT)]
+        operands = [y, x, leaf(R, OUT)]
         function = lambda y, x, d: variants.add_product(y, variants.sum_shards(x, IN, R, True), d, IN // R)  # noqa: E731
         operator = products.ADD_PRODUCT
     else:
-        operands = [leaf(*tokens, OUT, dtype=dtype), leaf(*tokens, M if variant == "mini" else OUT)]
+        operands = [y, leaf(*tokens, M if variant == "mini" else OUT)]
         function, operator = variants.add_groups, products.ADD_GROUPS
     assert operator in graph_targets(function, *operands)
-    cotangent = torch.randn(*tokens, OUT).to(dtype)
-    results = []
-    for run in (function, compiled(function)):
-        y = run(*operands)
-        results.append([y, *torch.autograd.grad(y, operands, cotangent)])
-    for ours, eager in zip(*results, strict=True):
-        assert (ours.shape, ours.dtype) == (eager.shape, eager.dtype)
-        assert max_error(ours, eager) <= 2 * torch.finfo(dtype).eps * float(eager.abs().max())
+    assert_as_eager(function, operands, units=2)
 
 
 @pytest.mark.parametrize("wanted", range(4))
 def test_only_what_is_asked_for_gets_a_gradient(wanted: int) -> None:
-    def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
-        return [
-            torch.randn(shape).to(torch.float32 if i >= 2 else torch.bfloat16).requires_grad_(i == wanted)
-            for i, shape in enumerate(shapes)
-        ]
-
-    operands = leaves((MANY, OUT), (MANY, R), (R, OUT), (OUT // R, R, R))
+    shapes, low = ((MANY, OUT), (MANY, R), (R, OUT), (OUT // R, R, R)), torch.bfloat16
+    values = [torch.randn(shape).to(low if i < 2 else torch.float32) for i, shape in enumerate(shapes)]
+    operands = [value.requires_grad_(i == wanted) for i, value in enumerate(values)]
 
     def run(y: Tensor, s: Tensor, d: Tensor, b: Tensor) -> Tensor:
         return bat.bat_linear(variants.add_product(y, s, d, 3), torch.ones(R, OUT).to(y), None, [b[:1, :, :]], True, 0)
@@ -118,15 +124,7 @@ def test_groups_shorter_than_a_vector_are_one_call(dtype: torch.dtype, m: int) -
     """As plain operations Inductor adds them value by value."""
     operands = [leaf(MANY, OUT, dtype=dtype), leaf(MANY, m, dtype=dtype)]
     assert products.ADD_GROUPS in graph_targets(variants.add_groups, *operands)
-    cotangent = torch.randn(MANY, OUT).to(dtype)
-    for ours, eager in zip(
-        *(
-            torch.autograd.grad(run(*operands), operands, cotangent)
-            for run in (compiled(variants.add_groups), variants.add_groups)
-        ),
-        strict=True,
-    ):
-        assert max_error(ours, eager) <= 4 * torch.finfo(dtype).eps * float(eager.abs().max())
+    assert_as_eager(variants.add_groups, operands, units=4)
     assert torch.equal(compiled(variants.add_groups)(*operands), variants.add_groups(*operands))
 
 
@@ -157,8 +155,7 @@ def test_an_exported_graph_needs_no_library() -> None:
 @pytest.mark.parametrize("init_weights", [True, "mini", "bat"])
 def test_blocks_of_a_16_bit_model_are_read_by_operators_alone(init_weights: Any) -> None:
     """A cast of a block would be a kernel of its own, forward and backward, and its result would be kept."""
-    model = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, IN)).bfloat16()
-    mc.adapt(model, mc.MissConfig(r=R, mini_r=M, init_weights=init_weights, target_modules=["0", "1"]))
+    model = two_linears(init_weights)
     graphs: list[Any] = []
 
     def keep(graph: Any, inputs: Any) -> Any:
@@ -167,7 +164,7 @@ def test_blocks_of_a_16_bit_model_are_read_by_operators_alone(init_weights: Any)
 
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
-    run = torch.compile(fill_blocks(model), backend=backend, fullgraph=True)
+    run = torch.compile(model, backend=backend, fullgraph=True)
     run(torch.randn(MANY, IN).bfloat16().requires_grad_()).sum().backward()
     assert len(graphs) == 2
     nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
@@ -192,9 +189,8 @@ def test_a_tensor_subclass_takes_plain_operations() -> None:
 @pytest.mark.parametrize("init_weights", [True, "mini", "bat"])
 def test_a_compiled_transform_takes_plain_operations(init_weights: Any) -> None:
     """Of a block in a later layer too: its input depends on the blocks before it."""
-    model = nn.Sequential(nn.Linear(IN, OUT), nn.Linear(OUT, IN)).bfloat16()
-    mc.adapt(model, mc.MissConfig(r=R, mini_r=M, init_weights=init_weights, target_modules=["0", "1"]))
-    values = {name: parameter.detach() for name, parameter in fill_blocks(model).named_parameters()}
+    model = two_linears(init_weights)
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     x = torch.randn(2, MANY, IN).bfloat16()
 
     def loss(values: dict[str, Tensor]) -> Tensor:
