@@ -13,7 +13,7 @@ from torch import fx, nn
 from zoo import tiny_llama, token_batch
 
 import misscompile as mc
-from misscompile.targets import exact_targets, select_names
+from misscompile.rules.names import exact_targets, select_names
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 variants = pytest.mark.parametrize("init_weights", VARIANTS)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
 from misscompile.hosts.base import Fold, Host, check_staying, write_copies
-from misscompile.hosts.owner_class import before_and_after, finish_owner, readable_code, refresh_owner
+from misscompile.hosts.owner_class import before_and_after, finish_owner, refresh_owner
 from misscompile.hosts.whole_graph import WholeGraph, base_scope, copy_nodes, record_of, require_container
 from misscompile.passes.find_sites import find_sites, other_readers, sites_by_name
 from misscompile.passes.linear_calls import target_name
@@ -121,7 +121,7 @@ class GraphHost(Host):
         return self.root.get_parameter(site.path.parameter)
 
     def code(self) -> list[str]:
-        return [before_and_after("# whole graph", record_of(self.root).base, readable_code(self.root.graph))]
+        return [before_and_after("# whole graph", record_of(self.root).base, self.root.graph)]
 
     def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold]:
         folds: dict[object, Fold] = {}

@@ -156,7 +156,7 @@ class ModuleHost(Host):
             listed = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
             title = f"# {scope.label} {scope.shape[0]}→{scope.shape[1]}, {count}: {listed}"
             title += f"\n# opaque: {scope.opaque}" if scope.opaque else ""
-            parts.append(before_and_after(title, scope.graph, rewrite.code))
+            parts.append(before_and_after(title, scope.graph, rewrite.graph))
         return parts
 
     def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold]:

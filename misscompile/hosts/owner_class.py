@@ -35,7 +35,7 @@ class Specialised:
 
     base: Scope
     blocks: tuple[Block, ...]
-    code: str
+    graph: fx.Graph
 
 
 REWRITE = "_miss_rewrite"
@@ -193,15 +193,15 @@ def find_foreign_forward(owner: nn.Module) -> Any:
     return held
 
 
-def readable_code(graph: fx.Graph) -> str:
+def _readable_code(graph: fx.Graph) -> str:
     """Generated source without the lines that only tell torch.fx which functions are leaves."""
     source = graph.python_code(root_module="self").src
     return "\n".join(line for line in source.splitlines() if not line.startswith("torch.fx._symbolic_trace.wrap")).strip()
 
 
-def before_and_after(title: str, base: fx.Graph, code: str) -> str:
-    """A section of a dump: the code of a base graph, and that of the graph that was made of it."""
-    return f"{title}\n# before\n{readable_code(base)}\n\n# after\n{code}"
+def before_and_after(title: str, before: fx.Graph, after: fx.Graph) -> str:
+    """A section of a dump: the code of two graphs."""
+    return f"{title}\n# before\n{_readable_code(before)}\n\n# after\n{_readable_code(after)}"
 
 
 def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block, ...], copies: Copies) -> type[AdaptedOwner]:
@@ -219,7 +219,7 @@ def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block,
             site.blocks = blocks
         run_passes(ADAPT, rewritten)
         forward = _compile_forward(graph, base.__name__)
-        rewrite = Specialised(scope, blocks, readable_code(graph))
+        rewrite = Specialised(scope, blocks, graph)
         members |= {"forward": forward, BASE_FORWARD: base.forward, REWRITE: rewrite}
     members |= {tensor: _alias(copied) for tensor, copied in copies}
     return type(base.__name__, (AdaptedOwner, base), members)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from zoo import two_linears
 
-from misscompile.dropout import dropout
+from misscompile.kernels.dropout import dropout
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
