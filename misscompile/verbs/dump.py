@@ -40,16 +40,14 @@ def dump(model: nn.Module, format: Literal["text", "code"] = "text") -> str:
     root = open_adapted(model, "dump")
     if not owner_states(root):
         raise StateError("the model has no adapter: there is nothing to dump.")
-    if format == "text":
-        return _text(root)
-    if format == "code":
-        return _code(root)
-    raise ArgumentError(f"format={format!r}: expected 'text' or 'code'.")
+    if format not in ("text", "code"):
+        raise ArgumentError(f"format={format!r}: expected 'text' or 'code'.")
+    return _text(root) if format == "text" else _code(root)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One block of one owner: FLOPs are those of a training step, over all calls of the weight."""
+    """One block of one owner. FLOPs are those of a training step, over all calls of the weight."""
 
     name: str
     kind: str
@@ -63,25 +61,27 @@ class _Row:
     def parameter(self) -> nn.Parameter:
         return self.owner.get_parameter(self.block.parameter)
 
-    @property
-    def status(self) -> str:
-        """The adapter, and whether it acts."""
-        state: OwnerState = vars(self.owner)[STATE]
-        adapter = self.block.adapter
-        if adapter in state.merged:
-            return f"{adapter} (merged)"
-        if state.disabled:
-            return f"{adapter} (disabled)"
-        return adapter if adapter in state.active else f"{adapter} (inactive)"
-
     def cells(self, total: int) -> tuple[str, ...]:
         """What the table shows; `total` is the FLOPs of all adapted sites."""
         block, variant = self.block, self.block.variant
         if len(self.parameter.shape) == 2 and self.parameter.shape[1] == block.mini_r != self.site.out_features:
             variant += f" m={block.mini_r}"
-        sizes = f"{self.site.in_features}→{self.site.out_features}"
+        adapter, sizes = (
+            block.adapter + _status(self.owner, block.adapter),
+            f"{self.site.in_features}→{self.site.out_features}",
+        )
         shares = f"{self.added / self.base:+.2%}", f"{(self.base + self.added) / total:.2%}"
-        return self.name, self.kind, self.status, sizes, variant, str(block.r), f"{self.parameter.numel():,}", *shares
+        return self.name, self.kind, adapter, sizes, variant, str(block.r), f"{self.parameter.numel():,}", *shares
+
+
+def _status(owner: nn.Module, adapter: str) -> str:
+    """What follows the name of an adapter that does not act."""
+    state: OwnerState = vars(owner)[STATE]
+    if adapter in state.merged:
+        return " (merged)"
+    if state.disabled:
+        return " (disabled)"
+    return "" if adapter in state.active else " (inactive)"
 
 
 def _rows(root: nn.Module) -> list[_Row]:
@@ -104,7 +104,7 @@ def _text(root: nn.Module) -> str:
     lines = [_render([row.cells(total) for row in rows]), ""]
     for adapter in adapters_of(root).values():
         own = [row for row in rows if row.block.adapter == adapter.name]
-        count = sum(parameter.numel() for parameter in {row.parameter for row in own})
+        count = sum(parameter.numel() for parameter in {row.parameter for row in own})  # sites may share a block
         sites = f"{len(own)} site{'s' * (len(own) != 1)}"
         lines.append(f"adapter {adapter.name!r}: {sites}, {count:,} parameters, {len(adapter.refusals)} refused")
         for name, state in owner_states(root).items():
@@ -121,17 +121,16 @@ def _code(root: nn.Module) -> str:
         parts.append(f"# whole graph\n# before\n{before}\n\n# after\n{after}")
     names: dict[Specialised, list[str]] = {}
     for name, owner in owners(root).items():
-        rewrite: Specialised | None = getattr(type(owner), REWRITE, None)
-        if rewrite is not None:
-            names.setdefault(rewrite, []).append(name or "(root)")
+        if hasattr(type(owner), REWRITE):
+            names.setdefault(getattr(type(owner), REWRITE), []).append(name or "(root)")
     for rewrite, sites in names.items():
         scope = rewrite.base
         assert scope.shape is not None
         count = f"{len(sites)} owner{'s' * (len(sites) != 1)}"
-        title = f"{scope.label} {scope.shape[0]}→{scope.shape[1]}, {count}"
-        listed = ", ".join(sites[:4]) + (", …" if len(sites) > 4 else "")
+        listed = ", ".join([*sites[:4], "…"] if len(sites) > 4 else sites)
+        title = f"# {scope.label} {scope.shape[0]}→{scope.shape[1]}, {count}: {listed}"
         note = f"\n# opaque: {scope.opaque}" if scope.opaque else ""
-        parts.append(f"# {title}: {listed}{note}\n# before\n{readable_code(scope.graph)}\n\n# after\n{rewrite.code}")
+        parts.append(f"{title}{note}\n# before\n{readable_code(scope.graph)}\n\n# after\n{rewrite.code}")
     return "\n\n\n".join(parts)
 
 
@@ -142,12 +141,11 @@ def _render(rows: list[tuple[str, ...]]) -> str:
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in ("site", "kind", "adapter"):
-        table.add_column(header, no_wrap=True)
-    for header in ("in→out", "variant", "r", "parameters", "added FLOPs", "share of FLOPs"):
-        table.add_column(header, justify="right", no_wrap=True)
+    words, numbers = ("site", "kind", "adapter"), ("in→out", "variant", "r", "parameters", "added FLOPs", "share of FLOPs")
+    for header in words + numbers:
+        table.add_column(header, justify="left" if header in words else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(Text, row))  # as it is: a name may look like Rich's markup
     out = io.StringIO()
     Console(file=out, width=1000, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
