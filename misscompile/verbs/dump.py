@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from misscompile.hosts.whole_graph import record_of, whole_graphs
 from misscompile.passes.insert_updates import update_form
 from misscompile.record.state import STATE, OwnerState
 from misscompile.record.walk import adapters_of, owner_states, owners
-from misscompile.record.words import Block, Site
 from misscompile.variants import VARIANTS
 
 TOKENS = 1024
@@ -45,43 +43,16 @@ def dump(model: nn.Module, format: Literal["text", "code"] = "text") -> str:
     return _text(root) if format == "text" else _code(root)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """One block of one owner. FLOPs are those of a training step, over all calls of the weight."""
 
-    name: str
-    kind: str
+    adapter: str
     owner: nn.Module
-    block: Block
-    site: Site
+    parameter: nn.Parameter
     base: int
     added: int
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.owner.get_parameter(self.block.parameter)
-
-    def cells(self, total: int) -> tuple[str, ...]:
-        """What the table shows; `total` is the FLOPs of all adapted sites."""
-        block, variant = self.block, self.block.variant
-        if len(self.parameter.shape) == 2 and self.parameter.shape[1] == block.mini_r != self.site.out_features:
-            variant += f" m={block.mini_r}"
-        adapter, sizes = (
-            block.adapter + _status(self.owner, block.adapter),
-            f"{self.site.in_features}→{self.site.out_features}",
-        )
-        shares = f"{self.added / self.base:+.2%}", f"{(self.base + self.added) / total:.2%}"
-        return self.name, self.kind, adapter, sizes, variant, str(block.r), f"{self.parameter.numel():,}", *shares
-
-
-def _status(owner: nn.Module, adapter: str) -> str:
-    """What follows the name of an adapter that does not act."""
-    state: OwnerState = vars(owner)[STATE]
-    if adapter in state.merged:
-        return " (merged)"
-    if state.disabled:
-        return " (disabled)"
-    return "" if adapter in state.active else " (inactive)"
+    cells: tuple[str, ...]
+    """What the table shows before the share of all FLOPs."""
 
 
 def _rows(root: nn.Module) -> list[_Row]:
@@ -94,16 +65,37 @@ def _rows(root: nn.Module) -> list[_Row]:
         for block in state.blocks.values():
             sizes = TOKENS, site.in_features, site.out_features, block.r, block.mini_r
             added = len(sites) * VARIANTS[block.variant].step_flops(*sizes, update_form(site, block, dtype))
-            rows.append(_Row(name or "(root)", kind, owner, block, site, base, added))
+            parameter = owner.get_parameter(block.parameter)
+            is_mini = len(parameter.shape) == 2 and parameter.shape[1] == block.mini_r != site.out_features
+            cells = (
+                name or "(root)",
+                kind,
+                block.adapter + _status(state, block.adapter),
+                f"{site.in_features}→{site.out_features}",
+                block.variant + (f" m={block.mini_r}" if is_mini else ""),
+                str(block.r),
+                f"{parameter.numel():,}",
+                f"{added / base:+.2%}",
+            )
+            rows.append(_Row(block.adapter, owner, parameter, base, added, cells))
     return rows
+
+
+def _status(state: OwnerState, adapter: str) -> str:
+    """What follows the name of an adapter that does not act."""
+    if adapter in state.merged:
+        return " (merged)"
+    if state.disabled:
+        return " (disabled)"
+    return "" if adapter in state.active else " (inactive)"
 
 
 def _text(root: nn.Module) -> str:
     rows = _rows(root)
     total = sum(row.added for row in rows) + sum({row.owner: row.base for row in rows}.values())
-    lines = [_render([row.cells(total) for row in rows]), ""]
+    lines = [_render([(*row.cells, f"{(row.base + row.added) / total:.2%}") for row in rows]), ""]
     for adapter in adapters_of(root).values():
-        own = [row for row in rows if row.block.adapter == adapter.name]
+        own = [row for row in rows if row.adapter == adapter.name]
         count = sum(parameter.numel() for parameter in {row.parameter for row in own})  # sites may share a block
         sites = f"{len(own)} site{'s' * (len(own) != 1)}"
         lines.append(f"adapter {adapter.name!r}: {sites}, {count:,} parameters, {len(adapter.refusals)} refused")
@@ -121,8 +113,9 @@ def _code(root: nn.Module) -> str:
         parts.append(f"# whole graph\n# before\n{before}\n\n# after\n{after}")
     names: dict[Specialised, list[str]] = {}
     for name, owner in owners(root).items():
-        if hasattr(type(owner), REWRITE):
-            names.setdefault(getattr(type(owner), REWRITE), []).append(name or "(root)")
+        rewrite = getattr(type(owner), REWRITE, None)
+        if rewrite is not None:
+            names.setdefault(rewrite, []).append(name or "(root)")
     for rewrite, sites in names.items():
         scope = rewrite.base
         assert scope.shape is not None

@@ -74,7 +74,7 @@ def save_as_lora(
 
     Raises:
         ConfigError, ArgumentError: `rank` and `energy` are not possible values, or missing for bat.
-        CheckpointError: bat from a folder alone, or sizes that cannot be found.
+        CheckpointError: bat from a folder alone, sizes that cannot be found, or `out` is a file.
         UnknownAdapterError, StateError: the model has no such adapter, or it is merged.
     """
     path = to_path(out, "out")
