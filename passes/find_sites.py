@@ -15,13 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, fx, nn
+
 from misscompile.passes import refuse
 from misscompile.passes.linear_calls import LinearCall, as_tuple, match_linear, resembles_linear, target_name
 from misscompile.passes.owner_names import PROJECTIONS, owner_name, stack_name
 from misscompile.passes.trace import call_opaque
 from misscompile.passes.weight_paths import WeightError, find_parameter, overlap, readers, trace_weight, view_shape
-from torch import Tensor, fx, nn
-
 from misscompile.record.words import Layout, Refusal, Scope, Site, Step, WeightPath
 
 aten = torch.ops.aten

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from misscompile.passes.linear_calls import operand
 from torch import fx
 
+from misscompile.passes.linear_calls import operand
 from misscompile.record.words import Scope
 
 Constant = bool | int | float | None

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, fx
+
 from misscompile.passes.linear_calls import LinearCall, match_linear, target_name
 from misscompile.passes.owner_names import PROJECTIONS, owner_name, stack_name
 from misscompile.passes.weight_paths import WeightError, trace_weight, view_shape
-from torch import Tensor, fx
-
 from misscompile.record.words import Refusal, Scope
 
 aten = torch.ops.aten

@@ -11,6 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from torch import fx
+
 from misscompile.passes.find_sites import find_sites
 from misscompile.passes.follow_mode import follow_mode
 from misscompile.passes.inline_regions import inline_regions
@@ -18,8 +20,6 @@ from misscompile.passes.insert_updates import insert_updates
 from misscompile.passes.linear_calls import target_name
 from misscompile.passes.strip_updates import restore_weights, strip_updates
 from misscompile.passes.unshare_weights import drop_unread, unshare_weights
-from torch import fx
-
 from misscompile.record.words import Scope
 
 logger = logging.getLogger("misscompile.passes")

@@ -10,11 +10,11 @@ gives them to every operation that it makes of a node, and keeps them on disk.
 from __future__ import annotations
 
 import torch
+from torch import Tensor, fx
+
 from misscompile.passes.insert_updates import TAG
 from misscompile.passes.linear_calls import match_linear
 from misscompile.passes.weight_paths import WeightError, passes_weight, trace_weight
-from torch import Tensor, fx
-
 from misscompile.record.words import Block, Scope
 
 aten = torch.ops.aten

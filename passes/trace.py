@@ -23,11 +23,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from misscompile.passes.source import tracing_hazard
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from misscompile.errors import UnsupportedModuleError
+from misscompile.passes.source import tracing_hazard
 from misscompile.record.words import Scope
 
 BASE_FORWARD = "miss_base_forward"

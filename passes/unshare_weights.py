@@ -7,7 +7,6 @@ y2 = linear(x2, W)    ->    y2 = linear(x2, W#1)
 from __future__ import annotations
 
 from misscompile.passes.weight_paths import passes_weight
-
 from misscompile.record.words import Scope
 
 

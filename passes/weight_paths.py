@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from misscompile.passes.linear_calls import operand, target_name
 from torch import Tensor, fx, nn
 
+from misscompile.passes.linear_calls import operand, target_name
 from misscompile.record.words import Step, WeightPath
 
 aten = torch.ops.aten

@@ -19,8 +19,9 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from misscompile.passes.source import Chain, is_super, parse_function
 from torch import nn
+
+from misscompile.passes.source import Chain, is_super, parse_function
 
 _ANY = "*"
 _METADATA = frozenset({"dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad"})

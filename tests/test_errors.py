@@ -477,7 +477,10 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, ...]]] = 
         for kind, cases in {
             mc.UnknownAdapterError: [(["second"], NO_SECOND), (["first", "second"], NO_SECOND)],
             mc.ArgumentError: [
-                *((value, f"adapter_names: expected a name or a list of names, found {type(value).__name__}.") for value in A_NAME),
+                *(
+                    (value, f"adapter_names: expected a name or a list of names, found {type(value).__name__}.")
+                    for value in A_NAME
+                ),
                 ([1], f"{NAME} int."),
             ],
             mc.StateError: [([], "no adapter is active: name the adapters to merge.")],

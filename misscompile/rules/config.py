@@ -9,7 +9,7 @@ import enum
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from misscompile.errors import ArgumentError, ConfigError, MissWarning
@@ -76,20 +76,16 @@ class MissConfig:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
     def validate(self) -> None:
-        """Check every field.
-
-        Raises:
-            ConfigError: with the field's name, the value found and the values that would do.
-        """
+        """Check every field; a `ConfigError` names the field, the value found and the values that would do."""
         for field, (accepts, expected) in _RULES.items():
             value = getattr(self, field)
             if not accepts(value):
                 raise ConfigError(f"MissConfig.{field}={value!r}: expected {expected}.")
-        for field in ("target_modules", "exclude_modules"):
-            value = getattr(self, field)
-            if isinstance(value, str) and not (field == "target_modules" and self.selects_all_linear):
-                _check_regex(field, value)
-        for pattern in _as_list(self.layers_pattern):
+        if isinstance(self.target_modules, str) and not self.selects_all_linear:
+            _check_regex("target_modules", self.target_modules)
+        if isinstance(self.exclude_modules, str):
+            _check_regex("exclude_modules", self.exclude_modules)
+        for pattern in as_list(self.layers_pattern):
             _check_regex("layers_pattern", pattern, inside=rf"\.(?:{pattern})\.")
         for field in ("layers_to_transform", "layers_pattern"):
             if getattr(self, field) is not None and isinstance(self.target_modules, str):
@@ -124,10 +120,11 @@ class MissConfig:
         """
         if not isinstance(values, Mapping):
             raise ArgumentError(f"MissConfig.from_dict takes a mapping of fields, found {type(values).__name__}.")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = [key for key in values if key not in known]
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = {key: difflib.get_close_matches(str(key), known, n=1) for key in values if key not in known}
         if unknown:
-            told = f"MissConfig has no field {', '.join(f'{key!r}{_did_you_mean(str(key), known)}' for key in unknown)}"
+            names = [f"{key!r} (did you mean {close[0]!r}?)" if close else repr(key) for key, close in unknown.items()]
+            told = f"MissConfig has no field {', '.join(names)}"
             if strict:
                 raise ConfigError(f"{told}.")
             warnings.warn(f"{told}: ignored.", MissWarning, stacklevel=2)
@@ -135,11 +132,7 @@ class MissConfig:
 
     @classmethod
     def from_json(cls, text: str) -> MissConfig:
-        """The inverse of `to_json`.
-
-        Raises:
-            ConfigError: the text is not a JSON object, or a value is not valid.
-        """
+        """The inverse of `to_json`; a `ConfigError` where the text is no JSON object, or a value is not valid."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -150,12 +143,7 @@ class MissConfig:
 
 
 def coerce_config(config: object) -> MissConfig:
-    """A validated private copy of `config`: a `MissConfig`, a mapping, or a `peft.MissConfig` (peft is not imported).
-
-    Raises:
-        ArgumentError: it is none of these.
-        ConfigError: it is a PEFT config of another method, or a field or a value is not valid.
-    """
+    """A validated private copy of `config`: a `MissConfig`, a mapping, or a `peft.MissConfig` (peft is not imported)."""
     if isinstance(config, MissConfig):
         return MissConfig.from_dict(config.to_dict())
     if isinstance(config, Mapping):
@@ -168,52 +156,62 @@ def coerce_config(config: object) -> MissConfig:
     )
 
 
-def _is_int(value: object, least: int) -> bool:
+def as_list(value: Any) -> list[Any]:
+    """What a field that takes one value, several or None holds."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, set, tuple)) else [value]
+
+
+def _is_int(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_names(value: object) -> bool:
-    return isinstance(value, (list, set, tuple)) and bool(value) and all(isinstance(v, str) and v for v in value)
+def _is_probability(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < 1.0
+
+
+def _is_layers(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(_is_int(index, 0) for index in value)
+    return value is None or _is_int(value, 0)
 
 
 def _is_text(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _is_layers(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(_is_int(v, 0) for v in value)
-    return value is None or _is_int(value, 0)
+def _is_names(value: object) -> bool:
+    """None, or several names."""
+    names = value if isinstance(value, (list, set, tuple)) else ()
+    return value is None or (bool(names) and all(isinstance(name, str) and name for name in names))
+
+
+def _is_rule(value: object) -> bool:
+    """None, several names, or one string."""
+    return _is_names(value) or (isinstance(value, str) and bool(value))
+
+
+def _is_one_of(value: object, *words: str) -> bool:
+    return isinstance(value, str) and value in words
 
 
 _NAMES_OR_REGEX = "a non-empty list of module names, a regular expression"
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "peft_type": (lambda v: v == PEFT_TYPE, "'MISS' (a config of another PEFT method does not describe MiSS blocks)"),
-    "r": (lambda v: _is_int(v, 1), "an integer of 1 or more"),
-    "miss_dropout": (
-        lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0.0 <= v < 1.0,
-        "a probability in [0, 1)",
-    ),
-    "mini_r": (lambda v: _is_int(v, 1), "an integer of 1 or more that divides out_features"),
-    "target_modules": (
-        lambda v: v is None or (isinstance(v, str) and bool(v)) or _is_names(v),
-        f"{_NAMES_OR_REGEX}, 'all-linear' or None",
-    ),
-    "exclude_modules": (
-        lambda v: v is None or (isinstance(v, str) and bool(v)) or _is_names(v),
-        f"{_NAMES_OR_REGEX} or None",
-    ),
+    "r": (_is_int, "an integer of 1 or more"),
+    "miss_dropout": (_is_probability, "a probability in [0, 1)"),
+    "mini_r": (_is_int, "an integer of 1 or more that divides out_features"),
+    "target_modules": (_is_rule, f"{_NAMES_OR_REGEX}, 'all-linear' or None"),
+    "exclude_modules": (_is_rule, f"{_NAMES_OR_REGEX} or None"),
     "init_weights": (
-        lambda v: isinstance(v, bool) or (isinstance(v, str) and v in ("bat", "mini")),
+        lambda v: isinstance(v, bool) or _is_one_of(v, "bat", "mini"),
         "True (balance), False (balance, random start), 'bat' or 'mini', spelled exactly so",
     ),
     "layers_to_transform": (_is_layers, "a layer index of 0 or more, a non-empty list of them, or None"),
-    "layers_pattern": (
-        lambda v: v is None or (isinstance(v, str) and bool(v)) or _is_names(v),
-        "a name, a non-empty list of names, or None",
-    ),
-    "bias": (lambda v: isinstance(v, str) and v in ("none", "all", "MiSS_only"), "'none', 'all' or 'MiSS_only'"),
-    "modules_to_save": (lambda v: v is None or _is_names(v), "a non-empty list of module names, or None"),
+    "layers_pattern": (_is_rule, "a name, a non-empty list of names, or None"),
+    "bias": (lambda v: _is_one_of(v, "none", "all", "MiSS_only"), "'none', 'all' or 'MiSS_only'"),
+    "modules_to_save": (_is_names, "a non-empty list of module names, or None"),
     "task_type": (_is_text, "a task name such as 'CAUSAL_LM' or 'SEQ_CLS', or None"),
     "inference_mode": (lambda v: isinstance(v, bool), "True or False"),
     "base_model_name_or_path": (_is_text, "a string or None"),
@@ -233,12 +231,6 @@ def _check_regex(field: str, pattern: str, inside: str | None = None) -> None:
         ) from error
 
 
-def _as_list(value: Iterable[str] | str | None) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
-
-
 def _plain_enum(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
 
@@ -248,8 +240,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else copy.deepcopy(value)
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from misscompile.errors import NoMatchError
-from misscompile.rules.config import MissConfig
+from misscompile.rules.config import MissConfig, as_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,35 +27,28 @@ class Selection:
 def select_names(
     config: MissConfig, names: Sequence[str], targets: Collection[str] | str, all_linear: Collection[str]
 ) -> Selection:
-    """Apply the selection rules of `config` to the module names of a model.
+    """Apply the selection rules of `config` to the module names of a model; an error where nothing is chosen.
 
     Args:
-        config: gives exclude_modules, modules_to_save, layers_to_transform and layers_pattern.
+        config: gives every rule but the targets.
         names: every module name of the model, in model order.
         targets: `config.target_modules`, or the names that the model-type table gives in place of None.
         all_linear: the names that `"all-linear"` stands for on this model.
-
-    Raises:
-        NoMatchError: nothing is chosen; the message names the rule that emptied the selection and the closest names.
     """
-    notes: list[str] = []
-    excluded = set(_matching(config.exclude_modules, names)) if config.exclude_modules is not None else set()
-    notes += _unmatched("exclude_modules", config.exclude_modules, names)
-    to_save = tuple(config.modules_to_save or ())
+    exclude, to_save = config.exclude_modules or (), tuple(config.modules_to_save or ())
+    excluded = set(_matching(exclude, names))
     saved = tuple(name for name in names if name.endswith(to_save))
-    notes += [
-        f"modules_to_save entry {entry!r} matches no module{closest(entry, names)}"
-        for entry in to_save
-        if not any(name.endswith(entry) for name in names)
-    ]
-    taken, inside_saved = excluded.union(saved), tuple(f"{name}." for name in saved)
-    if isinstance(targets, str) and config.selects_all_linear:
+    notes = _without_effect("exclude_modules", _unmatched(exclude, names), names)
+    unsaved = [entry for entry in to_save if not any(name.endswith(entry) for name in names)]
+    notes += _without_effect("modules_to_save", unsaved, names)
+    if config.selects_all_linear:
         targeted = [name for name in names if name in all_linear]
     else:
         targeted = [name for name in _matching(targets, names) if name]
-        notes += _unmatched("target_modules", targets, names)
-    kept = [n for n in targeted if n not in taken and not n.startswith(inside_saved)]
-    exact = set() if isinstance(targets, str) else set(targets)
+        notes += _without_effect("target_modules", _unmatched(targets, names), names)
+    taken, inside_saved = excluded.union(saved), tuple(f"{name}." for name in saved)
+    kept = [name for name in targeted if name not in taken and not name.startswith(inside_saved)]
+    exact = () if isinstance(targets, str) else set(targets)
     chosen = tuple(name for name in kept if name in exact or _in_layers(config, name))
     notes += _missing_layers(config, targeted)
     if not chosen:
@@ -105,59 +98,58 @@ def _suffixes(name: str) -> list[str]:
     return [".".join(segments[start:]) for start in range(len(segments))]
 
 
-def _unmatched(field: str, rule: Collection[str] | str | None, names: Sequence[str]) -> list[str]:
-    if rule is None:
-        return []
+def _unmatched(rule: Collection[str] | str, names: Sequence[str]) -> list[str]:
+    """The entries of a rule that take no name."""
     if isinstance(rule, str):
-        unmatched = [] if any(re.fullmatch(rule, name) for name in names) else [rule]
-    else:
-        unmatched = sorted(set(rule).difference(*map(_suffixes, names)))
-    return [f"{field} entry {entry!r} matches no module{closest(entry, names)}" for entry in unmatched]
+        return [] if _matching(rule, names) else [rule]
+    return sorted(set(rule).difference(*map(_suffixes, names)))
+
+
+def _without_effect(field: str, entries: Iterable[str], names: Sequence[str]) -> list[str]:
+    return [f"{field} entry {entry!r} matches no module{closest(entry, names)}" for entry in entries]
 
 
 def _in_layers(config: MissConfig, name: str) -> bool:
     layers = config.layers_to_transform
-    if layers is None:
-        return True
-    patterns = config.layers_pattern
-    index = layer_index(name, [patterns] if isinstance(patterns, str) else list(patterns or ()))
-    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+    return layers is None or layer_index(name, as_list(config.layers_pattern)) in as_list(layers)
 
 
 def _missing_layers(config: MissConfig, targeted: Sequence[str]) -> list[str]:
     """A sentence for each layer index, and each pattern, that none of the targeted modules has."""
-    if config.layers_to_transform is None:
-        return []
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else list(config.layers_pattern or ())
-    found = {layer_index(name, patterns) for name in targeted} - {None}
-    layers = config.layers_to_transform
-    missing = [index for index in ([layers] if isinstance(layers, int) else layers) if index not in found]
-    there = f"they are in layers {min(found)} to {max(found)}" if found else "they are in no layers"  # type: ignore[type-var]
-    notes = [f"layers_to_transform index {index} is the layer of no targeted module; {there}" for index in missing]
-    unused = [p for p in patterns if not any(layer_index(name, [p]) is not None for name in targeted)]
+    layers, patterns = as_list(config.layers_to_transform), as_list(config.layers_pattern)
+    indices = [layer_index(name, patterns) for name in targeted] if layers else []
+    found = {index for index in indices if index is not None}
+    there = f"they are in layers {min(found)} to {max(found)}" if found else "they are in no layers"
+    notes = [
+        f"layers_to_transform index {index} is the layer of no targeted module; {there}"
+        for index in layers
+        if index not in found
+    ]
+    unused = [pattern for pattern in patterns if all(layer_index(name, [pattern]) is None for name in targeted)]
     return notes + [f"layers_pattern {pattern!r} is in the name of no targeted module" for pattern in unused]
 
 
 def _nothing_chosen(
     config: MissConfig, targets: Collection[str] | str, names: Sequence[str], targeted: list[str], kept: list[str]
 ) -> str:
-    shown = repr(targets) if isinstance(targets, str) else repr(sorted(targets))
+    """Why: nothing is targeted, everything is taken away, or nothing is in the layers."""
+    if not targeted and config.selects_all_linear:
+        return "target_modules='all-linear': the model has no linear module beside its output layer."
+    entries = [targets] if isinstance(targets, str) else sorted(targets)
+    rule = f"target_modules={targets if isinstance(targets, str) else entries!r} matches"
     if not targeted:
-        if isinstance(targets, str) and config.selects_all_linear:
-            return "target_modules='all-linear': the model has no linear module beside its output layer."
-        hints = "".join(closest(entry, names) for entry in ([targets] if isinstance(targets, str) else sorted(targets)))
         return (
-            f"target_modules={shown} matches no module of the model{hints}. A list entry matches a whole name or its "
-            "last segments; a string is a regular expression for the whole name."
+            f"{rule} no module of the model{''.join(closest(entry, names) for entry in entries)}. A list entry matches a "
+            "whole name or its last segments; a string is a regular expression for the whole name."
         )
     if not kept:
         return (
-            f"target_modules={shown} matches {targeted[0]!r}{_and_more(targeted)}, but exclude_modules="
-            f"{config.exclude_modules!r} and modules_to_save={config.modules_to_save!r} take all of it away."
+            f"{rule} {targeted[0]!r}{_and_more(targeted)}, but exclude_modules={config.exclude_modules!r} and "
+            f"modules_to_save={config.modules_to_save!r} take all of it away."
         )
     return (
-        f"target_modules={shown} matches {kept[0]!r}{_and_more(kept)}, but none is in layers_to_transform="
-        f"{config.layers_to_transform!r} (layers_pattern={config.layers_pattern!r})."
+        f"{rule} {kept[0]!r}{_and_more(kept)}, but none is in layers_to_transform={config.layers_to_transform!r} "
+        f"(layers_pattern={config.layers_pattern!r})."
     )
 
 

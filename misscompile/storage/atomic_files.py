@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 _AT_FDCWD = -100
@@ -19,12 +19,10 @@ _RENAME_EXCHANGE = 2
 def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write `contents` (file name to bytes) into `folder`, creating it where needed; other files in it are kept.
 
-    A new folder appears whole by one rename. In an existing one, a single changed file is replaced by one rename; when
-    several change, the folder is built anew beside the old one (its other files hard-linked) and the two are exchanged
-    by one system call (`renameat2`, Linux). Elsewhere the files are renamed one by one and put back if one fails.
-
-    Raises:
-        OSError: the disk is full, the folder cannot be written, …; the old files are whole.
+    A new folder appears whole by one rename, and so does a single changed file. When several files change, the folder is
+    built anew beside the old one (its other files hard-linked) and the two are exchanged by one system call (`renameat2`,
+    Linux). Elsewhere the files are renamed one by one, and put back if one fails. After an `OSError` the old files are
+    whole.
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -35,13 +33,15 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         if not folder.exists():
             _write_all(staged, changed)
-            staged.chmod(0o777 & ~_umask())
+            mask = os.umask(0)  # it cannot be read without setting it
+            os.umask(mask)
+            staged.chmod(0o777 & ~mask)
             os.rename(staged, folder)
         elif len(changed) == 1 or _is_working_directory(folder) or not _exchange_with(folder, staged, changed):
             shutil.rmtree(staged)
             staged.mkdir()
             _write_all(staged, changed)
-            _replace_each(folder, staged, list(changed))
+            _replace_each(folder, staged, changed)
         _sync(folder.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -82,20 +82,20 @@ def _exchange_with(folder: Path, staged: Path, contents: Mapping[str, bytes]) ->
     raise OSError(code, os.strerror(code), str(folder))
 
 
-def _replace_each(folder: Path, staged: Path, names: list[str]) -> None:
-    undo: list[tuple[Path, Path | None]] = []
+def _replace_each(folder: Path, staged: Path, names: Iterable[str]) -> None:
+    """Rename the staged files into `folder` one by one; put the old ones back if that fails."""
+    replaced: list[str] = []
     try:
         for name in names:
-            target, kept = folder / name, None
-            if target.exists():
-                kept = staged / f"{name}.old"
-                shutil.copy2(target, kept)
-            undo.append((target, kept))
-            os.replace(staged / name, target)
+            if (folder / name).exists():
+                shutil.copy2(folder / name, staged / f"{name}.old")
+            replaced.append(name)
+            os.replace(staged / name, folder / name)
     except BaseException:
-        for target, kept in reversed(undo):
+        for name in reversed(replaced):
+            kept, target = staged / f"{name}.old", folder / name
             with contextlib.suppress(OSError):
-                target.unlink(missing_ok=True) if kept is None else os.replace(kept, target)
+                os.replace(kept, target) if kept.exists() else target.unlink(missing_ok=True)
         raise
 
 
@@ -105,12 +105,6 @@ def _is_working_directory(folder: Path) -> bool:
         return Path.cwd().is_relative_to(folder)
     except FileNotFoundError:
         return False
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """PEFT's adapter folder as files: names, headers, tensors and configs, with no model in it.
 
-Nothing is ever unpickled; names, shapes and dtypes are known from the safetensors header before a tensor is read.
+Nothing is ever unpickled. Names, shapes and dtypes are known from the safetensors header before a tensor is read.
+A *name* here is a key without the prefix `base_model.model.`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -23,60 +24,69 @@ from misscompile.storage.atomic_files import replace_files
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 PREFIX = "base_model.model."
 BLOCK = "miss_block"
-BLOCK_NAMES = (BLOCK, "bone_block")
 DTYPES = ("F64", "F32", "F16", "BF16")
+_BONE_BLOCK = "bone_block"  # MiSS's name before it was published
+_PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-Header = dict[str, tuple[tuple[int, ...], str]]
-"""Key to shape and dtype name."""
+K = TypeVar("K")
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One tensor of a file, known from its header alone."""
 
+    path: Path
     key: str
     shape: tuple[int, ...]
     dtype: str
 
+    def error(self, what: str) -> CheckpointError:
+        """The error that says `what` of this entry."""
+        return CheckpointError(f"{self.path}: key {self.key!r} {what}")
 
-def write_folder(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files of an adapter folder, both or neither."""
+    def check(self, shape: tuple[int, ...], is_floating: bool, shape_told: str, dtype_told: str) -> None:
+        """Refuse another shape, and a dtype that is no float where one is needed. The texts say what would fit."""
+        if self.shape != shape:
+            raise self.error(f"has shape {self.shape}{shape_told}")
+        if is_floating and self.dtype not in DTYPES:
+            raise self.error(f"has dtype {self.dtype}{dtype_told}")
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write the two files of an adapter folder, both or neither. `tensors` are given by name."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: an adapter is saved into a folder, and this is a file.")
+    for name, value in tensors.items():
+        if value.is_meta:
+            raise CheckpointError(f"{PREFIX}{name}: it is on the meta device and has no values to save.")
+    # safetensors refuses tensors that share memory
+    values = {PREFIX + name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    replace_files(path, {WEIGHTS_FILE: save(dict(tensors), metadata={"format": "pt"}), CONFIG_FILE: text.encode()})
+    replace_files(folder, {WEIGHTS_FILE: save(values, metadata={"format": "pt"}), CONFIG_FILE: text.encode()})
 
 
 def find_folder(folder: object, revision: str | None = None) -> Path:
-    """The local folder of an adapter, downloaded from the Hub where `folder` is the id of a repository.
-
-    Raises:
-        ArgumentError, CheckpointNotFoundError: it is no path, or there is no such folder or repository.
-    """
-    path = to_path(folder)
+    """The local folder of an adapter, downloaded from the Hub where `folder` is the id of a repository."""
+    path = to_path(folder, "folder")
     if path.is_dir() or not isinstance(folder, str) or not _HUB_ID.fullmatch(folder):
         return path
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import snapshot_download  # optional
     except ImportError:
         return path
     try:
         return Path(snapshot_download(folder, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # the Hub's own errors are OSErrors
         raise CheckpointNotFoundError(
             f"{folder}: there is no such folder, and no such repository could be reached on the Hub ({error})."
         ) from error
 
 
 def read_config(folder: Path) -> MissConfig:
-    """The config of an adapter folder.
-
-    Raises:
-        CheckpointNotFoundError, CheckpointError: it is missing, damaged, or of another method.
-    """
+    """The config of an adapter folder, of MiSS or of Bone."""
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"{folder}: there is no such folder; pass one written by save_adapter or by PEFT.")
     path = folder / CONFIG_FILE
@@ -88,42 +98,33 @@ def read_config(folder: Path) -> MissConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise CheckpointError(f"expected a JSON object, found {type(values).__name__}.")
-        if values.get("peft_type") == "BONE":  # MiSS's name before it was published
-            values = values | {"peft_type": PEFT_TYPE}
+        if values.get("peft_type") == "BONE":
+            values["peft_type"] = PEFT_TYPE
         return MissConfig.from_dict(values)
     except (ValueError, MissError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def read_header(path: Path) -> Header:
-    """Shape and dtype name of every tensor in a safetensors file, without reading one.
-
-    Raises:
-        CheckpointNotFoundError, CheckpointError: it is missing, truncated, or no safetensors file.
-    """
+def read_entries(path: Path) -> list[Entry]:
+    """Every tensor of a safetensors file, without reading one."""
     if not path.is_file():
         pickles = [name for name in _PICKLE_FILES if (path.parent / name).is_file()]
         hint = f" There is {pickles[0]}, but pickles are never read: save it with safetensors first." if pickles else ""
         raise CheckpointNotFoundError(f"{path}: not found.{hint}")
-    with open_tensors(path) as file:
+    with _open(path) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        return {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()}
+        return [Entry(path, key, tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()]
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of an adapter folder, with the keys as `save_adapter` writes them."""
-    path = folder / WEIGHTS_FILE
-    keys = read_header(path)
-    with open_tensors(path) as file:
-        return {f"{PREFIX}{strip_key(key)}": file.get_tensor(key) for key in keys}
+def read_tensors(entries: Mapping[K, Entry]) -> dict[K, Tensor]:
+    """The tensors of entries of one file, mapped into memory."""
+    if not entries:
+        return {}
+    with _open(next(iter(entries.values())).path) as file:
+        return {name: file.get_tensor(entry.key) for name, entry in entries.items()}
 
 
-def open_tensors(path: Path) -> Any:
-    """A safetensors file, mapped into memory.
-
-    Raises:
-        CheckpointError: it is damaged or of another kind.
-    """
+def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -131,17 +132,13 @@ def open_tensors(path: Path) -> Any:
 
 
 def strip_key(key: str) -> str:
-    """A key without PEFT's prefix and what a compiled wrapper adds, and with the block's own name where it was Bone's."""
-    plain = key.replace("_orig_mod.", "").removeprefix(PREFIX)
-    return plain.removesuffix(BLOCK_NAMES[1]) + BLOCK if plain.endswith(BLOCK_NAMES[1]) else plain
+    """The name in a key: without PEFT's prefix and what a compiled wrapper adds, and with Bone's block called MiSS's."""
+    name = key.replace("_orig_mod.", "").removeprefix(PREFIX)
+    return name.removesuffix(_BONE_BLOCK) + BLOCK if name.endswith(_BONE_BLOCK) else name
 
 
-def to_path(folder: object) -> Path:
-    """`folder` as a path.
-
-    Raises:
-        ArgumentError: it is none.
-    """
-    if not isinstance(folder, (str, os.PathLike)):
-        raise ArgumentError(f"folder: expected a path, found {type(folder).__name__}.")
-    return Path(folder)
+def to_path(value: object, argument: str) -> Path:
+    """The path that a user gave as `argument`."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ArgumentError(f"{argument}: expected a path, found {type(value).__name__}.")
+    return Path(value)

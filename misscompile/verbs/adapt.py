@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, TypeVar, overload
 
 import torch
-from torch import fx, nn
+from torch import nn
+from typing_extensions import TypeVar
 
 from misscompile.errors import MissWarning
 from misscompile.hosts.base import Host
@@ -20,47 +20,36 @@ from misscompile.rules.config import coerce_config
 from misscompile.verbs.plan import make_plan
 from misscompile.verbs.switch import activate
 
-M = TypeVar("M", bound=nn.Module)
-
-
-@overload
-def adapt(
-    model: fx.GraphModule | torch.export.ExportedProgram, config: object, adapter_name: str = "default", **options: bool
-) -> WholeGraph: ...
-
-
-@overload
-def adapt(model: M, config: object, adapter_name: str = "default", **options: bool) -> M: ...
+M = TypeVar("M", bound=nn.Module, default=WholeGraph)
+"""The type of the user's model; what comes back for an exported program is a `WholeGraph`."""
 
 
 def adapt(
-    model: Any,
+    model: M | torch.export.ExportedProgram,
     config: object,
     adapter_name: str = "default",
     *,
     autocast_adapter_dtype: bool = True,
     per_call_site: bool = False,
     round_bat_weight: bool = False,
-) -> Any:
-    """Add a MiSS adapter to `model`: freeze the base, register the blocks, rewrite the linear call sites.
+) -> M:
+    """Add a MiSS adapter to `model` and make it the active one: freeze the base, register the blocks, rewrite the calls.
 
     An ordinary module is adapted in place: the module tree, the classes (`isinstance`), the parameter names and the base
     `state_dict` stay as they were; each adapted linear gains one parameter `miss_block_<adapter_name>`. A graph is left
-    alone: a new one comes back, over the same base values. The new adapter becomes the active one.
+    alone: a new one comes back, over the same base values.
 
     Args:
-        model: any `nn.Module`, where a `torch.compile` or data-parallel wrapper is adapted inside; or a
-            `torch.fx.GraphModule` or `torch.export.ExportedProgram`, whose linear calls are matched by the names of their
-            weights' owners.
+        model: any `nn.Module`, adapted inside a `torch.compile` or data-parallel wrapper; or a `torch.fx.GraphModule` or
+            `torch.export.ExportedProgram`, whose linear calls go by the names of the modules that own their weights.
         config: a `MissConfig`, a `peft.MissConfig` or a dict of its fields.
-        adapter_name: without dots, not in use on this model.
-        autocast_adapter_dtype: keep blocks in float32 where the base weight is 16-bit; False gives them its dtype. Each
-            block lives on the device of its weight, so a model may be spread over devices.
+        adapter_name: letters, digits, `_` and `-`; not in use on this model.
+        autocast_adapter_dtype: float32 blocks where the base weight is 16-bit; False gives them its dtype. Each block
+            lives on the device of its weight, so a model may be spread over devices.
         per_call_site: graphs only: where one weight is called several times, give each call a block of its own, named
             `<owner>#0`, `<owner>#1`, …, instead of one for all.
-        round_bat_weight: bat on a 16-bit weight: compute one product with `W + ΔW` instead of one with each, a quarter of
-            a training step faster. The sum is rounded, so that an update below half a unit in the last place of the
-            weight changes no output.
+        round_bat_weight: bat on a 16-bit weight: one product with the rounded `W + ΔW` instead of one with each. A
+            training step takes a quarter less time; an update below half a unit in the last place of W has no effect.
 
     Returns:
         `model`, the same object; of a graph a new `GraphModule`.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +13,6 @@ from misscompile.hosts.opening import adapted_owners, hosts_in, open_adapted
 from misscompile.passes.insert_updates import update_form
 from misscompile.record.state import STATE, OwnerState
 from misscompile.record.walk import adapters_of, owner_states
-from misscompile.record.words import Block, Site
 from misscompile.variants import VARIANTS
 
 TOKENS = 1024
@@ -38,48 +36,21 @@ def dump(model: nn.Module, format: Literal["text", "code"] = "text") -> str:
     root = open_adapted(model, "dump")
     if not owner_states(root):
         raise StateError("the model has no adapter: there is nothing to dump.")
-    if format == "text":
-        return _text(root)
-    if format == "code":
-        return "\n\n\n".join(part for host in hosts_in(root) for part in host.code())
-    raise ArgumentError(f"format={format!r}: expected 'text' or 'code'.")
+    if format not in ("text", "code"):
+        raise ArgumentError(f"format={format!r}: expected 'text' or 'code'.")
+    return _text(root) if format == "text" else "\n\n\n".join(part for host in hosts_in(root) for part in host.code())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """One block of one owner: FLOPs are those of a training step, over all calls of the weight."""
+class _Row(NamedTuple):
+    """One block of one owner. FLOPs are those of a training step, over all calls of the weight."""
 
-    name: str
-    kind: str
+    adapter: str
     owner: nn.Module
-    block: Block
-    site: Site
+    parameter: nn.Parameter
     base: int
     added: int
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.owner.get_parameter(self.block.parameter)
-
-    @property
-    def status(self) -> str:
-        """The adapter, and whether it acts."""
-        state: OwnerState = vars(self.owner)[STATE]
-        adapter = self.block.adapter
-        if adapter in state.merged:
-            return f"{adapter} (merged)"
-        if state.disabled:
-            return f"{adapter} (disabled)"
-        return adapter if adapter in state.active else f"{adapter} (inactive)"
-
-    def cells(self, total: int) -> tuple[str, ...]:
-        """What the table shows; `total` is the FLOPs of all adapted sites."""
-        block, variant = self.block, self.block.variant
-        if len(self.parameter.shape) == 2 and self.parameter.shape[1] == block.mini_r != self.site.out_features:
-            variant += f" m={block.mini_r}"
-        sizes = f"{self.site.in_features}→{self.site.out_features}"
-        shares = f"{self.added / self.base:+.2%}", f"{(self.base + self.added) / total:.2%}"
-        return self.name, self.kind, self.status, sizes, variant, str(block.r), f"{self.parameter.numel():,}", *shares
+    cells: tuple[str, ...]
+    """What the table shows before the share of all FLOPs."""
 
 
 def _rows(root: nn.Module) -> list[_Row]:
@@ -92,17 +63,38 @@ def _rows(root: nn.Module) -> list[_Row]:
         for block in state.blocks.values():
             sizes = TOKENS, site.in_features, site.out_features, block.r, block.mini_r
             added = len(sites) * VARIANTS[block.variant].step_flops(*sizes, update_form(site, block, dtype))
-            rows.append(_Row(name or "(root)", kind, owner, block, site, base, added))
+            parameter = owner.get_parameter(block.parameter)
+            is_mini = len(parameter.shape) == 2 and parameter.shape[1] == block.mini_r != site.out_features
+            cells = (
+                name or "(root)",
+                kind,
+                block.adapter + _status(state, block.adapter),
+                f"{site.in_features}→{site.out_features}",
+                block.variant + (f" m={block.mini_r}" if is_mini else ""),
+                str(block.r),
+                f"{parameter.numel():,}",
+                f"{added / base:+.2%}",
+            )
+            rows.append(_Row(block.adapter, owner, parameter, base, added, cells))
     return rows
+
+
+def _status(state: OwnerState, adapter: str) -> str:
+    """What follows the name of an adapter that does not act."""
+    if adapter in state.merged:
+        return " (merged)"
+    if state.disabled:
+        return " (disabled)"
+    return "" if adapter in state.active else " (inactive)"
 
 
 def _text(root: nn.Module) -> str:
     rows = _rows(root)
     total = sum(row.added for row in rows) + sum({row.owner: row.base for row in rows}.values())
-    lines = [_render([row.cells(total) for row in rows]), ""]
+    lines = [_render([(*row.cells, f"{(row.base + row.added) / total:.2%}") for row in rows]), ""]
     for adapter in adapters_of(root).values():
-        own = [row for row in rows if row.block.adapter == adapter.name]
-        count = sum(parameter.numel() for parameter in {row.parameter for row in own})
+        own = [row for row in rows if row.adapter == adapter.name]
+        count = sum(parameter.numel() for parameter in {row.parameter for row in own})  # sites may share a block
         sites = f"{len(own)} site{'s' * (len(own) != 1)}"
         lines.append(f"adapter {adapter.name!r}: {sites}, {count:,} parameters, {len(adapter.refusals)} refused")
         for name, state in owner_states(root).items():
@@ -119,12 +111,11 @@ def _render(rows: list[tuple[str, ...]]) -> str:
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in ("site", "kind", "adapter"):
-        table.add_column(header, no_wrap=True)
-    for header in ("in→out", "variant", "r", "parameters", "added FLOPs", "share of FLOPs"):
-        table.add_column(header, justify="right", no_wrap=True)
+    words, numbers = ("site", "kind", "adapter"), ("in→out", "variant", "r", "parameters", "added FLOPs", "share of FLOPs")
+    for header in words + numbers:
+        table.add_column(header, justify="left" if header in words else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(Text, row))  # as it is: a name may look like Rich's markup
     out = io.StringIO()
     Console(file=out, width=1000, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

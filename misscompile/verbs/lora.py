@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +20,24 @@ from misscompile.errors import ArgumentError, CheckpointError, ConfigError, Stat
 from misscompile.hosts.opening import adapted_owners
 from misscompile.passes.find_sites import linear_shape
 from misscompile.passes.weight_paths import apply_steps
-from misscompile.record.state import STATE, OwnerState
+from misscompile.record.state import STATE
 from misscompile.record.walk import join, named_modules, owner_states, require_adapter, unwrap_model
 from misscompile.rules.config import MissConfig
 from misscompile.rules.names import closest, exact_targets
 from misscompile.storage.peft_format import (
-    BLOCK_NAMES,
+    BLOCK,
     PREFIX,
+    WEIGHTS_FILE,
     find_folder,
     read_config,
-    read_header,
+    read_entries,
     read_tensors,
+    strip_key,
+    to_path,
     write_folder,
 )
 from misscompile.variants import VARIANTS, SummedVariant
-from misscompile.verbs.checkpoint import adapter_tensors
+from misscompile.verbs.file_keys import adapter_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,38 +74,40 @@ def save_as_lora(
 
     Raises:
         ConfigError, ArgumentError: `rank` and `energy` are not possible values, or missing for bat.
-        CheckpointError: bat from a folder alone, or sizes that cannot be found.
+        CheckpointError: bat from a folder alone, sizes that cannot be found, or `out` is a file.
         UnknownAdapterError, StateError: the model has no such adapter, or it is merged.
     """
+    path = to_path(out, "out")
     if isinstance(model_or_folder, nn.Module):
         root = unwrap_model(model_or_folder)
         config = require_adapter(root, adapter_name).config
         _check_cut(config, rank, energy)
-        tensors = {key: value.detach().cpu() for key, value in adapter_tensors(root, adapter_name).items()}
+        tensors = adapter_tensors(root, adapter_name)
         factors = _factors_of_model(root, adapter_name, rank, energy)
     else:
         folder = find_folder(model_or_folder)
         config = read_config(folder)
         if isinstance(VARIANTS[config.variant], SummedVariant):
             _check_cut(config, rank, energy)
-        tensors = read_tensors(folder)
+        tensors = read_tensors({strip_key(entry.key): entry for entry in read_entries(folder / WEIGHTS_FILE)})
         factors = _factors_of_folder(folder, config, tensors, base_model)
         root = base_model if isinstance(base_model, nn.Module) else nn.Module()
-    names = list(named_modules(root, remove_duplicate=False))
-    _write(Path(out), config, tensors, factors, names)
+    written = {name: value for name, value in tensors.items() if name.rpartition(".")[2] != BLOCK}
+    for name, factor in factors.items():
+        written |= {join(name, "lora_A.weight"): factor.down, join(name, "lora_B.weight"): factor.up}
+    write_folder(path, written, _lora_config(config, factors, list(named_modules(root, remove_duplicate=False))))
     return [LoraFidelity(name, factor.down.shape[0], factor.error) for name, factor in factors.items()]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Factors:
-    """`A (rank, in)` and `B (out, rank)` of one layer."""
+class _Factors(NamedTuple):
+    """`A (rank, in)` and `B (out, rank)` of one layer, and the relative error of `B A`."""
 
     down: Tensor
     up: Tensor
-    error: float
+    error: float = 0.0
 
 
-def truncated_factors(delta: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
+def _truncated_factors(delta: Tensor, rank: int | None, energy: float | None) -> _Factors:
     """The best `A (k, in)`, `B (out, k)` for `delta (out, in)` with `k = rank` or the least `k` that keeps `energy`."""
     u, s, vt = torch.linalg.svd(delta.double(), full_matrices=False)
     total = s.square().sum()
@@ -114,7 +119,7 @@ def truncated_factors(delta: Tensor, rank: int | None, energy: float | None) -> 
     rank = min(rank, len(s))
     root = s[:rank].sqrt()
     lost = (s[rank:].square().sum() / total).sqrt() if total > 0 else total
-    return root.unsqueeze(1) * vt[:rank], u[:, :rank] * root, float(lost)
+    return _Factors(root.unsqueeze(1) * vt[:rank], u[:, :rank] * root, float(lost))
 
 
 def _factors_of_model(root: nn.Module, adapter_name: str, rank: int | None, energy: float | None) -> dict[str, _Factors]:
@@ -122,18 +127,17 @@ def _factors_of_model(root: nn.Module, adapter_name: str, rank: int | None, ener
         raise StateError(f"the adapter {adapter_name!r} is merged: call unmerge(model) first.")
     factors: dict[str, _Factors] = {}
     for name, (host, own_name, owner) in adapted_owners(root).items():
-        state: OwnerState = vars(owner)[STATE]
-        block = state.blocks.get(adapter_name)
+        block = vars(owner)[STATE].blocks.get(adapter_name)
         if block is None:
             continue
         site, values = host.sites_of(own_name)[0], owner.get_parameter(block.parameter).detach().cpu()
         variant = VARIANTS[block.variant]
         if isinstance(variant, SummedVariant):
-            factors[name] = _Factors(*variant.lora_factors(values, site.in_features, site.out_features), 0.0)
+            factors[name] = _Factors(*variant.lora_factors(values, site.in_features, site.out_features))
             continue
         assert site.path is not None
         weight = apply_steps(host.stored_weight(own_name, site).detach(), site.path.steps).cpu().double()
-        down, up, error = truncated_factors(variant.delta_weight(values, weight), rank, energy)
+        down, up, error = _truncated_factors(variant.delta_weight(values, weight), rank, energy)
         factors[name] = _Factors(down.to(values.dtype), up.to(values.dtype), error)
     return factors
 
@@ -152,19 +156,18 @@ def _factors_of_folder(
     shapes = _shapes(source)
     factors: dict[str, _Factors] = {}
     for key, block in tensors.items():
-        if key.rsplit(".", 1)[-1] not in BLOCK_NAMES:
+        name, _, tensor = key.rpartition(".")
+        if tensor != BLOCK:
             continue
-        name = key.removeprefix(PREFIX).rsplit(".", 1)[0]
         if name not in shapes:
             raise CheckpointError(f"{folder}: the base model has no linear {name!r}{closest(name, shapes)}.")
-        sizes = (config.r, config.mini_r, *shapes[name])
-        problem = variant.shape_problem(*sizes)
-        if problem is not None or tuple(block.shape) != variant.block_shape(*sizes):
+        sizes = config.r, config.mini_r, *shapes[name]
+        if variant.shape_problem(*sizes) is not None or tuple(block.shape) != variant.block_shape(*sizes):
             raise CheckpointError(
-                f"{folder}: key {key!r} has shape {tuple(block.shape)}, which does not fit the base model's "
+                f"{folder}: key {PREFIX + key!r} has shape {tuple(block.shape)}, which does not fit the base model's "
                 f"{shapes[name][0]}→{shapes[name][1]} linear: is it the one that the adapter was trained on?"
             )
-        factors[name] = _Factors(*variant.lora_factors(block, *shapes[name]), 0.0)
+        factors[name] = _Factors(*variant.lora_factors(block, *shapes[name]))
     return factors
 
 
@@ -181,35 +184,26 @@ def _shapes(source: object) -> dict[str, tuple[int, int]]:
         )
     if any(kind in (folder / "config.json").read_text() for kind in ('"gpt2"', '"openai-gpt"', '"imagegpt"')):
         raise CheckpointError(f"{folder}: its files do not tell a Conv1D's in from its out; pass the model as base_model.")
-    shapes: dict[str, tuple[int, int]] = {}
-    for file in files:
-        for key, (shape, _) in read_header(file).items():
-            if key.endswith(".weight") and len(shape) == 2:
-                shapes[key.removesuffix(".weight")] = (shape[1], shape[0])
-    return shapes
+    weights = [e for file in files for e in read_entries(file) if e.key.endswith(".weight") and len(e.shape) == 2]
+    return {entry.key.removesuffix(".weight"): (entry.shape[1], entry.shape[0]) for entry in weights}
 
 
 def _check_cut(config: MissConfig, rank: int | None, energy: float | None) -> None:
+    """Refuse a `rank` or an `energy` that is impossible, missing for bat, or without meaning for another variant."""
     if isinstance(VARIANTS[config.variant], SummedVariant):
         if rank is not None or energy is not None:
             raise ArgumentError(f"rank and energy are for bat: {config.variant} converts exactly, at rank r={config.r}.")
-        return
-    if (rank is None) == (energy is None):
+    elif (rank is None) == (energy is None):
         raise ArgumentError("bat is cut off by a singular value decomposition: give either rank or energy.")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise ConfigError(f"rank={rank!r}: expected an integer of 1 or more.")
-    is_number = isinstance(energy, (int, float)) and not isinstance(energy, bool)
-    if energy is not None and not (is_number and 0.0 < energy <= 1.0):
+    elif rank is not None:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ConfigError(f"rank={rank!r}: expected an integer of 1 or more.")
+    elif not isinstance(energy, (int, float)) or isinstance(energy, bool) or not 0.0 < energy <= 1.0:
         raise ConfigError(f"energy={energy!r}: expected a share in (0, 1].")
 
 
-def _write(
-    out: Path, config: MissConfig, tensors: Mapping[str, Tensor], factors: Mapping[str, _Factors], names: list[str]
-) -> None:
-    written = {key: value for key, value in tensors.items() if key.rsplit(".", 1)[-1] not in BLOCK_NAMES}
-    for name, factor in factors.items():
-        written[PREFIX + join(name, "lora_A.weight")] = factor.down
-        written[PREFIX + join(name, "lora_B.weight")] = factor.up
+def _lora_config(config: MissConfig, factors: Mapping[str, _Factors], names: list[str]) -> dict[str, Any]:
+    """PEFT's `LoraConfig` of the factors, on a model with these module names."""
     ranks = {name: factor.down.shape[0] for name, factor in factors.items()}
     largest = max(ranks.values())
     own = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
@@ -221,9 +215,8 @@ def _write(
         "alpha_pattern": own,
         "lora_dropout": config.miss_dropout,
         "target_modules": exact_targets(list(factors), names),
-        "bias": {"MiSS_only": "lora_only"}.get(config.bias, config.bias),
+        "bias": "lora_only" if config.bias == "MiSS_only" else config.bias,
         "inference_mode": True,
     }
-    for field in ("modules_to_save", "task_type", "base_model_name_or_path", "revision"):
-        values[field] = getattr(config, field)
-    write_folder(out, {key: value.contiguous().clone() for key, value in written.items()}, values)
+    carried = ("modules_to_save", "task_type", "base_model_name_or_path", "revision")
+    return values | {field: getattr(config, field) for field in carried}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -22,7 +22,6 @@ from misscompile.hosts.opening import (
 )
 from misscompile.hosts.owner_class import check_classes, restore_owner
 from misscompile.hosts.recover import holds_exported_adapters
-from misscompile.hosts.whole_graph import WholeGraph
 from misscompile.record.state import STATE, is_current
 from misscompile.record.walk import (
     adapters_of,
@@ -32,22 +31,13 @@ from misscompile.record.walk import (
     require_adapters,
     unwrap_model,
 )
+from misscompile.verbs.adapt import M
 from misscompile.verbs.switch import active_adapters, check_copies_apart
 
-M = TypeVar("M", bound=nn.Module)
 
-
-@overload
 def merge(
-    model: torch.export.ExportedProgram, adapter_names: str | Sequence[str] | None = None, keep_adapters: bool = False
-) -> WholeGraph: ...
-
-
-@overload
-def merge(model: M, adapter_names: str | Sequence[str] | None = None, keep_adapters: bool = False) -> M: ...
-
-
-def merge(model: Any, adapter_names: str | Sequence[str] | None = None, keep_adapters: bool = False) -> Any:
+    model: M | torch.export.ExportedProgram, adapter_names: str | Sequence[str] | None = None, keep_adapters: bool = False
+) -> M:
     """Fold adapters into the weights in place, summed in float32 or wider and rounded once to the dtype of the weight.
 
     Args:
@@ -73,12 +63,13 @@ def merge(model: Any, adapter_names: str | Sequence[str] | None = None, keep_ada
     exported = holds_exported_adapters(model)
     root = open_adapted(model, "merge")
     names = _names_to_merge(root, adapter_names)
-    check_classes(owners(root))
-    check_graphs_whole(root, owners(root), "merge")
+    adapted = owners(root)
+    check_classes(adapted)
+    check_graphs_whole(root, adapted, "merge")
     check_copies_unshared(root, names)
     hosts = hosts_in(root)
     folds = [host.plan_folds(names, keep_adapters) for host in hosts]
-    for fold in [fold for planned in folds for fold in planned]:
+    for fold in itertools.chain(*folds):
         fold.check()  # every result is known to be as finite as its weight before the first weight changes
     for host, planned in zip(hosts, folds, strict=True):
         host.write_folds(planned, names, keep_adapters)
@@ -89,7 +80,7 @@ def merge(model: Any, adapter_names: str | Sequence[str] | None = None, keep_ada
         if left:
             warnings.warn(f"merge removed the inactive adapters {left} without folding them.", MissWarning, stacklevel=2)
     refresh_graphs(root)
-    return root if exported else model
+    return root if exported else model  # type: ignore[return-value]
 
 
 def unmerge(model: M) -> M:
@@ -129,11 +120,10 @@ def _names_to_merge(root: nn.Module, adapter_names: object) -> tuple[str, ...]:
     if not states:
         raise StateError("the model has no adapter: there is nothing to merge.")
     check_enabled(states, "merge")
-    merged = {name: state.merged for name, state in states.items() if state.merged}
-    if merged:
-        name, adapters = next(iter(merged.items()))
-        raise StateError(f"{name} holds the merged adapter {adapters[0]!r} already: call unmerge(model) first.")
-    names = active_adapters(root) if adapter_names is None else require_adapters(root, adapter_names)
+    for name, state in states.items():
+        if state.merged:
+            raise StateError(f"{name} holds the merged adapter {state.merged[0]!r} already: call unmerge(model) first.")
+    names = active_adapters(root) if adapter_names is None else require_adapters(root, adapter_names, "adapter_names")
     if not names:
         raise StateError("no adapter is active: name the adapters to merge.")
     check_copies_apart(states, names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import fx, nn
 
@@ -27,21 +27,16 @@ _SHOWN = 5
 
 
 def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weight: bool = False) -> Plan:
-    """Choose the sites of a model, look at each, and say what will be registered where.
-
-    Raises:
-        ConfigError, NoMatchError, UnsupportedModuleError, StateError, ArgumentError: see `misscompile.adapt`.
-    """
+    """Choose the sites of a model, look at each, and say what will be registered where. Errors are those of `adapt`."""
     check_adapter_name(adapter_name, host.states())
-    names = host.names()
+    names, linears = host.names(), host.linear_names()
     config = _with_task_heads(config, host.modules)
     implicit = config.selects_all_linear  # found by a rule, not named: what cannot be adapted is passed over and told
     refusals = host.passed_over() if implicit else []
-    outputs = _outputs(host.output_names(), config, names)
-    linears = host.linear_names()
     if implicit and not linears:
         _check_refusals(refusals, [], implicit)
-    selection = select_names(config, names, _targets(host, config, linears), {n for n in linears if n not in outputs})
+    outputs = _outputs(host.output_names(), config, names)
+    selection = select_names(config, names, _targets(host, config, linears), set(linears) - outputs)
     rounds = round_bat_weight and VARIANTS[config.variant].reads_weight
     block = Block(adapter_name, config.variant, config.r, config.mini_r, float(config.miss_dropout), rounds)
     looked = [found for name in selection.chosen for found in host.look(name, block)]
@@ -56,12 +51,7 @@ def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weigh
 
 
 def check_adapter_name(name: object, states: Mapping[str, OwnerState]) -> None:
-    """Refuse a name that cannot be a new adapter of a model with these records, and a model that cannot take one now.
-
-    Raises:
-        ArgumentError, ConfigError: it is not a string, or holds other characters than a parameter name does.
-        StateError: it is in use, or the model is merged or inside `disable_adapter`.
-    """
+    """Refuse a name that cannot be a new adapter of a model with these records, and a model that cannot take one now."""
     if not isinstance(name, str):
         raise ArgumentError(f"adapter_name: expected a string, found {type(name).__name__}.")
     if not re.fullmatch(r"[\w-]+", name):
@@ -105,67 +95,74 @@ def _outputs(embedding: set[str], config: MissConfig, names: Sequence[str]) -> s
 
 def _with_task_heads(config: MissConfig, names: Collection[str]) -> MissConfig:
     """`config` with the head of its task among the modules to save."""
-    saved = list(config.modules_to_save or ())
-    for head in _TASK_HEADS.get(config.task_type or "", ()):
-        if head not in saved and any(name.endswith(head) for name in names):
-            saved.append(head)
+    heads = [head for head in _TASK_HEADS.get(config.task_type or "", ()) if any(name.endswith(head) for name in names)]
+    saved = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
     return dataclasses.replace(config, modules_to_save=saved or None)
 
 
 def _trained_in_full(
-    host: Host, config: MissConfig, saved: Sequence[nn.Module], targets: Sequence[Target]
+    host: Host, config: MissConfig, saved: Iterable[nn.Module], targets: Iterable[Target]
 ) -> dict[nn.Module, tuple[str, ...]]:
-    """The tensors of each module that the adapter trains beside its blocks."""
-    found: dict[nn.Module, dict[str, None]] = {}
-    for module in dict.fromkeys(inner for outer in saved for inner in outer.modules()):
-        buffers = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
-        own = [name for name in (*module._parameters, *buffers) if getattr(module, name) is not None]
-        found.setdefault(module, {}).update(dict.fromkeys(own))
-    if config.bias != "none":
-        for module in host.root.modules() if config.bias == "all" else [target.owner for target in targets]:
-            own = [name for name, value in module._parameters.items() if "bias" in name and value is not None]
-            found.setdefault(module, {}).update(dict.fromkeys(own))
-    registered = {module: set(vars(module)[STATE].all_registered()) for module in found if STATE in vars(module)}
-    result = {m: tuple(n for n in names if n not in registered.get(m, ())) for m, names in found.items()}
-    for module, names in result.items():
-        where = f"{host.canonical.get(module) or 'the model itself'} ({type(module).__name__})"
-        if names and isinstance(module, nn.RNNBase):
-            raise UnsupportedModuleError(
-                f"{where} keeps its weights in a list of its own, so that a trained copy of them would have no effect: "
-                "leave it out of modules_to_save and bias."
-            )
-        if names and isinstance(module, fx.GraphModule):
-            raise UnsupportedModuleError(
-                f"{where} holds {names[0]!r} at the root of a graph, where a trained copy of it would have no effect: "
-                "leave it out of modules_to_save and bias."
-            )
-    return {module: names for module, names in result.items() if names}
+    """The tensors of each module that the adapter trains beside its blocks: all of `saved`, and biases."""
+    whole = {inner for outer in saved for inner in outer.modules()}
+    owners = {target.owner for target in targets}
+    found: dict[nn.Module, tuple[str, ...]] = {}
+    for module, module_name in host.canonical.items():
+        names: list[str] = []
+        if module in whole:
+            names += module._parameters
+            names += (name for name in module._buffers if name not in module._non_persistent_buffers_set)
+        elif config.bias == "all" or (config.bias == "MiSS_only" and module in owners):
+            names += (name for name in module._parameters if "bias" in name)
+        ours = vars(module)[STATE].all_registered() if STATE in vars(module) else ()
+        names = [name for name in names if getattr(module, name) is not None and name not in ours]
+        if names:
+            _check_copies_act(module, module_name, names[0])
+            found[module] = tuple(names)
+    return found
+
+
+def _check_copies_act(module: nn.Module, module_name: str, tensor: str) -> None:
+    if isinstance(module, nn.RNNBase):
+        found = "keeps its weights in a list of its own, so that a trained copy of them"
+    elif isinstance(module, fx.GraphModule):
+        found = f"holds {tensor!r} at the root of a graph, where a trained copy of it"
+    else:
+        return
+    raise UnsupportedModuleError(
+        f"{module_name or 'the model itself'} ({type(module).__name__}) {found} would have no effect: leave it out of "
+        "modules_to_save and bias."
+    )
 
 
 def _check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], implicit: bool) -> None:
     if not refusals or (implicit and targets):
         return
-    lines = "".join(f"\n  {r.name} ({r.kind}): {r.reason}" for r in refusals[:_SHOWN])
-    more = f"\n  … and {len(refusals) - _SHOWN} more" if len(refusals) > _SHOWN else ""
+    listed = _listed([f"{refusal.name} ({refusal.kind}): {refusal.reason}" for refusal in refusals])
     if implicit:
-        raise NoMatchError(f"target_modules='all-linear': no linear of this model can be adapted.{lines}{more}")
+        raise NoMatchError(f"target_modules='all-linear': no linear of this model can be adapted.{listed}")
     raise UnsupportedModuleError(
-        f"target_modules names modules on which an adapter would have no effect:{lines}{more}\n"
+        f"target_modules names modules on which an adapter would have no effect:{listed}\n"
         "Name other modules, or add these to exclude_modules."
     )
 
 
 def _check_shapes(targets: Sequence[Target], config: MissConfig) -> None:
-    variant, problems = VARIANTS[config.variant], []
+    fields, problems = set(), []
     for target in targets:
         sizes = target.in_features, target.out_features
-        if (problem := variant.shape_problem(config.r, config.mini_r, *sizes)) is not None:
-            field, sentence = problem
-            problems.append((field, f"\n  {target.name or '(root)'} ({sizes[0]}→{sizes[1]}): {sentence}"))
+        problem = VARIANTS[config.variant].shape_problem(config.r, config.mini_r, *sizes)
+        if problem is not None:
+            fields.add(problem[0])
+            problems.append(f"{target.name or '(root)'} ({sizes[0]}→{sizes[1]}): {problem[1]}")
     if problems:
-        field = min((field for field, _ in problems), key=("r", "mini_r").index)
-        more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        field = "r" if "r" in fields else "mini_r"
         raise ConfigError(
             f"MissConfig.{field}={getattr(config, field)} does not fit {len(problems)} of {len(targets)} chosen modules:"
-            f"{''.join(sentence for _, sentence in problems[:_SHOWN])}{more}"
+            f"{_listed(problems)}"
         )
+
+
+def _listed(lines: Sequence[str]) -> str:
+    more = [f"… and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "".join(f"\n  {line}" for line in [*lines[:_SHOWN], *more])

@@ -58,12 +58,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     """
     root = unwrap_model(model)
     names = require_adapters(root, adapter_name)
-    states = owner_states(root)
-    check_enabled(states, "set_adapter")
-    check_unmerged(states, "set_adapter")
-    check_copies_apart(states, names)
-    adapted = owners(root)
-    check_graphs_whole(root, adapted, "set_adapter")
+    adapted = _changeable_owners(root, "set_adapter")
+    check_copies_apart(owner_states(root), names)
     with transaction(named_modules(root).values()):
         activate(root, adapted, names)
         _train_active(adapted.values())
@@ -78,10 +74,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """
     root = unwrap_model(model)
     require_adapter(root, adapter_name)
-    states, adapted = owner_states(root), owners(root)
-    check_enabled(states, "delete_adapter")
-    check_unmerged(states, "delete_adapter")
-    check_graphs_whole(root, adapted, "delete_adapter")
+    adapted = _changeable_owners(root, "delete_adapter")
     with transaction(named_modules(root).values()):
         for name, owner in adapted.items():
             remove_from_owner(owner, [adapter_name], name)
@@ -158,11 +151,7 @@ def activate(root: nn.Module, adapted: Mapping[str, nn.Module], names: tuple[str
 
 
 def check_copies_apart(states: Mapping[str, OwnerState], names: Sequence[str]) -> None:
-    """Refuse adapters that train one tensor in full each: it can have only one value.
-
-    Raises:
-        StateError: naming the tensor and two of them.
-    """
+    """Refuse adapters that train one tensor in full each: it can have only one value."""
     for owner_name, state in states.items():
         trained: dict[str, str] = {}
         for name in names:
@@ -173,6 +162,15 @@ def check_copies_apart(states: Mapping[str, OwnerState], names: Sequence[str]) -
                         f"the adapters {other!r} and {name!r} both train {owner_name}.{tensor} in full, and it can have "
                         "only one value: activate one of them."
                     )
+
+
+def _changeable_owners(root: nn.Module, verb: str) -> dict[str, nn.Module]:
+    """The owners of a model whose adapters may be chosen or removed now."""
+    adapted, states = owners(root), owner_states(root)
+    check_enabled(states, verb)
+    check_unmerged(states, verb)
+    check_graphs_whole(root, adapted, verb)
+    return adapted
 
 
 def _train_active(adapted: Iterable[nn.Module]) -> None:
@@ -187,12 +185,12 @@ def _train_active(adapted: Iterable[nn.Module]) -> None:
 
 
 def _shift_disabled(model: nn.Module, adapted: Mapping[str, nn.Module], step: int) -> None:
+    """Count a context in or out around these owners, and switch those for which it is the first or the last."""
     changed = {}
     for name, owner in adapted.items():
         state: OwnerState = vars(owner)[STATE]
-        was = state.disabled > 0
-        state.disabled += step
-        if was != (state.disabled > 0):
+        was_disabled, state.disabled = state.disabled > 0, state.disabled + step
+        if was_disabled != (state.disabled > 0):
             changed[name] = owner
     if changed:
         swap_merged(model, changed)
@@ -200,6 +198,7 @@ def _shift_disabled(model: nn.Module, adapted: Mapping[str, nn.Module], step: in
 
 
 def _module(model: object) -> nn.Module:
+    """`model`, wrappers included: what these verbs tell is told by its own names."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, found {type(model).__name__}.")
     return model

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from misscompile.passes.bypass import find_bypassed, weight_uses
 from support import adapted, fill_blocks, max_error
 from torch import Tensor, nn
 from zoo import ZOO, tiny_t5
 
 import misscompile as mc
+from misscompile.passes.bypass import find_bypassed, weight_uses
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from misscompile.passes.find import find_sites, linear_shape
-from misscompile.passes.trace import make_opaque, trace_forward
 from support import VARIANTS, adapted, max_error, reference_delta
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 import misscompile as mc
+from misscompile.passes.find import find_sites, linear_shape
+from misscompile.passes.trace import make_opaque, trace_forward
 from misscompile.plan import Scope
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from misscompile.passes.find_calls import find_calls, find_parameter
-from misscompile.passes.match import apply_steps
 from support import TRACERS, graph_list
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.pytorch_utils import Conv1D
 from zoo import IN, OUT, Model, holder
 
+from misscompile.passes.find_calls import find_calls, find_parameter
+from misscompile.passes.match import apply_steps
 from misscompile.plan import ModelScope
 
 X = torch.randn(3, 5, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from misscompile.passes.follow_mode import by_mode, follow_mode
 from support import graph_list
 from torch import Tensor, fx, nn
 
 from misscompile.graphs import copy_nodes
+from misscompile.passes.follow_mode import by_mode, follow_mode
 
 X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from misscompile.passes.inline import inline_regions
 from support import graph_list
 from torch import Tensor, fx, nn
+
+from misscompile.passes.inline import inline_regions
 
 X = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

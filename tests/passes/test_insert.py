@@ -8,10 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from misscompile.passes.find import find_sites
-from misscompile.passes.insert import insert_updates, training_form
-from misscompile.passes.install import generate_forward
-from misscompile.passes.trace import call_opaque, make_opaque, trace_forward
 from support import max_error, reference_delta, rms_error
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from misscompile import bat, cost, dropout, products, variants
 from misscompile.errors import UnsupportedModuleError
+from misscompile.passes.find import find_sites
+from misscompile.passes.insert import insert_updates, training_form
+from misscompile.passes.install import generate_forward
+from misscompile.passes.trace import call_opaque, make_opaque, trace_forward
 from misscompile.plan import Block, Scope
 
 IN, OUT = 12, 20

@@ -18,6 +18,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
+from support import VARIANTS, adapted, fill_blocks, max_error
+from torch import Tensor, fx, nn
+from transformers.pytorch_utils import Conv1D
+from zoo import TwoLinears
+
+import misscompile as mc
+from misscompile.bat import bat_linear
 from misscompile.passes.install import (
     AdaptedOwner,
     check_class,
@@ -28,13 +35,6 @@ from misscompile.passes.install import (
     set_class,
 )
 from misscompile.passes.trace import trace_forward
-from support import VARIANTS, adapted, fill_blocks, max_error
-from torch import Tensor, fx, nn
-from transformers.pytorch_utils import Conv1D
-from zoo import TwoLinears
-
-import misscompile as mc
-from misscompile.bat import bat_linear
 from misscompile.plan import Scope
 
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
 from misscompile.passes.match import (
     WeightError,
     apply_steps,
@@ -16,7 +18,6 @@ from misscompile.passes.match import (
     resembles_linear,
     trace_weight,
 )
-from torch import Tensor, fx, nn
 
 IN, OUT = 8, 12
 Rule = Callable[[Tensor, Tensor, Tensor], Any]

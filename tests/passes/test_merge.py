@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from misscompile.passes import merge as merge_pass
-from misscompile.passes.merge import fold_weight, keeps_finite
 from support import VARIANTS, adapted, fill_blocks, max_error, reference_delta
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +20,8 @@ from zoo import TwoLinears
 import misscompile as mc
 from misscompile import merging, variants
 from misscompile.errors import MergeError
+from misscompile.passes import merge as merge_pass
+from misscompile.passes.merge import fold_weight, keeps_finite
 from misscompile.plan import Block
 
 IN, OUT = 12, 20

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from misscompile.passes.register import create_blocks, register_blocks
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from zoo import TwoLinears
 
 import misscompile as mc
+from misscompile.passes.register import create_blocks, register_blocks
 from misscompile.plan import Block, Plan
 from misscompile.planning import plan_adapter
 from misscompile.state import owner_states

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
-from misscompile.passes.trace import call_opaque, make_opaque, probe_opaque, require_linear_output, trace_forward
 from support import VARIANTS, adapted, fill_blocks, max_error, reference_delta
 from torch import Tensor, fx, nn
 from torch.nn.utils import spectral_norm
 from transformers.pytorch_utils import Conv1D
 
 import misscompile as mc
+from misscompile.passes.trace import call_opaque, make_opaque, probe_opaque, require_linear_output, trace_forward
 from misscompile.plan import Scope
 
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
