@@ -64,13 +64,12 @@ class Contestant:
     provider: str
     method: str = ""
     dropout: float = 0.0
-    rounded: bool = False
-    """Whether bat has `round_bat_weight`."""
+    round_bat_weight: bool = False
 
     @property
     def label(self) -> str:
         dropout = f" dropout {self.dropout:g}" if self.dropout else ""
-        return f"{self.provider} {self.method}".strip() + dropout + (", rounded" if self.rounded else "")
+        return f"{self.provider} {self.method}".strip() + dropout + (", rounded" if self.round_bat_weight else "")
 
 
 BASE = Contestant("base")
@@ -96,7 +95,7 @@ def enter(model: PreTrainedModel, contestant: Contestant, settings: Settings) ->
         fields |= {"mini_r": settings.mini_r, "miss_dropout": contestant.dropout}
         fields["init_weights"] = VARIANTS[contestant.method]
         if contestant.provider == "misscompile":
-            return mc.adapt(model, fields, round_bat_weight=contestant.rounded)
+            return mc.adapt(model, fields, round_bat_weight=contestant.round_bat_weight)
         config = peft.MissConfig(**fields)
     adapted: nn.Module = peft.get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
     return adapted

@@ -32,9 +32,10 @@ PLOTTED: dict[str, tuple[str, str, Callable[[Row], Row]]] = {
 def draw(tables: Iterable[Table], caption: str, files: Iterable[Path]) -> None:
     """Draw what `tables` hold into each of `files`, whose suffixes tell the formats; nothing if no table can be drawn."""
     panels = [
-        (table.key, dtype, mode, [row for row in rows if row["contestant"] != "base"])
+        (key, dtype, mode, [row for row in rows if row["contestant"] != "base"])
+        for key in PLOTTED
         for table in tables
-        if table.key in PLOTTED
+        if table.key == key
         for (dtype, mode), rows in itertools.groupby(table.rows, lambda row: (row["dtype"], row.get("mode", "eager")))
     ]
     if not panels:
@@ -73,13 +74,11 @@ def _draw_panel(axes: Axes, rows: list[Row], spreads: list[Row]) -> None:
     values = [value[part] for value in spreads for part in ("median", "q1", "q3")]
     low, high = min(0.97, *values) * 0.98, max(1.3, *values) * 1.12
     axes.axvline(1.0, color="0.5", linestyle="--", linewidth=1, zorder=0)
-    axes.set_xscale("log")
-    axes.set_xlim(low, high)
+    axes.set(xscale="log", xlim=(low, high), ylim=(len(labels) - 0.45, -0.55))
     axes.xaxis.set_major_locator(FixedLocator([tick for tick in TICKS if tick <= high and (tick != 1.1 or high < 3)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.grid(axis="x", color="0.9", zorder=-1)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

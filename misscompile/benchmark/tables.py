@@ -36,12 +36,10 @@ class Column:
 
     def cell(self, row: Row) -> str:
         value = row.get(self.key)
-        if value is None:
-            return "–"
         if isinstance(value, dict):
             median, low, high = (self.write(value[part]) for part in ("median", "q1", "q3"))
             return f"{median} ({low}–{high})"
-        return self.write(value)
+        return "–" if value is None else self.write(value)
 
 
 def columns(write: Callable[[Any], str], /, **headers: str) -> list[Column]:

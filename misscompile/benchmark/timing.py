@@ -23,11 +23,13 @@ class Trial:
 
     def seconds(self, device: str) -> float:
         """Seconds that one run takes, until the device has done what was queued."""
+        backend = getattr(torch, torch.device(device).type, None)
+        wait: Callable[[], object] = getattr(backend, "synchronize", lambda: None)
         subject = self.prepare()
-        synchronize(device)
+        wait()
         start = time.perf_counter()
         result = self.run(subject)
-        synchronize(device)
+        wait()
         taken = time.perf_counter() - start
         del result  # not before: freeing a model takes time too
         return taken
@@ -52,13 +54,6 @@ def take_turns(trials: Mapping[K, Trial], rounds: int, device: str, warmup: int 
         gc.unfreeze()
         gc.enable()
     return {key: own[warmup:] for key, own in seconds.items()}
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has done what was queued; CPU kernels are done when they return."""
-    backend = getattr(torch, torch.device(device).type, None)
-    if backend is not None and hasattr(backend, "synchronize"):
-        backend.synchronize()
 
 
 def spread(values: list[float]) -> dict[str, Any]:

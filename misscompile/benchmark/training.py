@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from misscompile.benchmark.contestants import Contestant, enter_filled
 from misscompile.benchmark.settings import Settings
-from misscompile.benchmark.timing import Trial, synchronize
+from misscompile.benchmark.timing import Trial
+
+Steps = dict[Contestant, "TrainingStep"]
 
 # The profiler writes a line to the standard error at each start and stop, unless this is set before its first start.
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
@@ -88,10 +90,7 @@ class TrainingStep:
         return int(counter.get_total_flops())
 
     def saved_bytes(self) -> int:
-        """Bytes of distinct storages that the forward keeps for the backward, each counted once and whole.
-
-        Storages of parameters are left out: they are there anyway.
-        """
+        """Bytes of distinct storages that the forward keeps for the backward; those of parameters are there anyway."""
         parameters = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -134,15 +133,10 @@ class TrainingStep:
         backend = getattr(torch, device)
         if not hasattr(backend, "max_memory_allocated"):
             return None
-        synchronize(device)
         before = int(backend.memory_allocated())
         backend.reset_peak_memory_stats()
         self.run()
-        synchronize(device)
         return int(backend.max_memory_allocated()) - before
-
-
-Steps = dict[Contestant, TrainingStep]
 
 
 def line_up(base: PreTrainedModel, entries: list[Contestant], settings: Settings, tokens: int) -> Steps:

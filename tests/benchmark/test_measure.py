@@ -111,7 +111,7 @@ def test_the_flops_and_the_floors_of_a_step_are_those_worked_out_by_hand() -> No
 
 
 def test_rounded_bat_is_one_product_of_16_bit_weights() -> None:
-    rounded = dataclasses.replace(BAT, rounded=True)
+    rounded = dataclasses.replace(BAT, round_bat_weight=True)
     steps = line_up_tiny([BASE, BAT, rounded], "bfloat16")
     base, two, one = (step.flops() for step in steps.values())
     assert two - one == LAYERS * sum(2 * TOKENS * i * o for i, o in SITES)  # the second product of the forward

@@ -35,11 +35,11 @@ def adapt(settings: Settings) -> list[Table]:
         fresh = functools.partial(empty_model, settings, device)
         trials = {entry: Trial(fresh, functools.partial(enter, contestant=entry, settings=settings)) for entry in entries}
         taken[prefix] = take_turns(trials, 1 + settings.rounds, device, warmup=0)  # the first time is shown apart
+    linears = len(adapted_linears(enter(empty_model(settings, "meta"), entries[0], settings)))
     rows: list[Row] = []
     for entry in entries:
         ours, rival = entry.provider == "misscompile", Contestant("peft", entry.method)
-        sites = len(adapted_linears(enter(empty_model(settings, "meta"), entry, settings))) if ours else None
-        row: Row = {"contestant": entry.label, "sites": sites, "first": taken[""][entry][0]}
+        row: Row = {"contestant": entry.label, "sites": linears if ours else None, "first": taken[""][entry][0]}
         for prefix, seconds in taken.items():
             own = seconds[entry][1:]
             against = ratios(own, seconds[rival][1:]) if ours and rival in seconds else None
@@ -53,9 +53,9 @@ def adapt(settings: Settings) -> list[Table]:
     )
     shown = columns(text, contestant="contestant") + columns(str, sites="linears")
     shown += columns(milliseconds, first="first, ms", seconds="ms") + columns(ratio, times_faster="times faster than PEFT")
-    shown += columns(milliseconds, python_seconds="meta device, ms")
-    shown += columns(ratio, python_times_faster="meta device, times faster")
-    return [Table("adapt", "Adapting", note, shown, rows)]
+    python = columns(milliseconds, python_seconds="meta device, ms")
+    python += columns(ratio, python_times_faster="meta device, times faster")
+    return [Table("adapt", "Adapting", note, shown + python, rows)]
 
 
 def empty_model(settings: Settings, device: str) -> PreTrainedModel:
@@ -102,10 +102,7 @@ def copying(weights: list[Tensor]) -> Trial:
 
 
 def multiplying(weights: list[Tensor], r: int) -> Trial:
-    """The product of bat alone, `W[o, k] B[o]` in float32, of each weight `(out, in)` whose sizes `r` divides.
-
-    A merge of bat has to compute it. In the layout of `Conv1D` it is as large.
-    """
+    """What a merge of bat has to compute: `W[o, k] B[o]` in float32, of each weight `(out, in)` whose sizes `r` divides."""
     fitting = [weight for weight in weights if not weight.shape[0] % r and not weight.shape[1] % r]
     shards = [weight.float().reshape(weight.shape[0] // r, weight.shape[1], r) for weight in fitting]
     memory = torch.zeros(max((own.numel() for own in shards), default=0), device=weights[0].device)
@@ -138,8 +135,8 @@ def _sized_row(entry: Contestant, settings: Settings, layers: int) -> Row:
     steps = line_up(base, [BASE, entry], settings, TOKENS)
     taken = take_turns({key: step.trial() for key, step in steps.items()}, 2 * ROUNDS, settings.device)
     added = spread(taken[entry])["median"] - spread(taken[BASE])["median"]
-    row: Row = {"layers": layers, "r": settings.r, "ratio": ratios(taken[entry], taken[BASE])}
-    row["step_a_layer"] = added / layers
+    row: Row = {"layers": layers, "r": settings.r, "step_a_layer": added / layers}
+    row["ratio"] = ratios(taken[entry], taken[BASE])
     plain = functools.partial(copy.deepcopy, base)
     with tempfile.TemporaryDirectory() as folder:
         trials: dict[str, Trial] = {  # what is loaded was saved before in the same round
@@ -160,8 +157,7 @@ def _large_table(entry: Contestant, settings: Settings) -> Table:
     adapted = time.perf_counter()
     lines = len(mc.dump(model).splitlines())
     row: Row = {"adapt": adapted - start, "dump": time.perf_counter() - adapted, "lines": lines, "model": "llama-70b"}
-    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    row["sites"] = len(adapted_linears(model))
+    row |= {"sites": len(adapted_linears(model)), "parameters": sum(weight.numel() for weight in model.parameters())}
     shown = columns(text, model="model") + columns(lambda count: f"{count / 1e9:.1f} billion", parameters="parameters")
     shown += columns(str, sites="linears") + columns(ratio, adapt="adapt, s", dump="dump, s")
     note = f"{entry.label}, r {settings.r}, on the meta device, where nothing is allocated."

@@ -36,10 +36,9 @@ def count_table(settings: Settings) -> Table:
         f"`{model}`, {dtype}, r {settings.r}. Guards: nodes of Dynamo's guard tree. "
         "Recompiles: graphs compiled in further steps of the same shape; then with the adapter off, and on again."
     )
-    guards = columns(str, guards="guards") + columns(change, guards_over_base="over the base")
-    graphs = columns(str, graphs="graphs", breaks="graph breaks", recompiles="recompiles")
-    switched = columns(str, recompiles_off="adapter off", recompiles_on="on again")
-    shown = columns(text, contestant="contestant") + guards + graphs + switched
+    shown = columns(text, contestant="contestant") + columns(str, guards="guards")
+    shown += columns(change, guards_over_base="over the base") + columns(str, graphs="graphs", breaks="graph breaks")
+    shown += columns(str, recompiles="recompiles", recompiles_off="adapter off", recompiles_on="on again")
     return Table("guards", "Guards, graphs and recompiles", note, shown, rows)
 
 
@@ -69,12 +68,10 @@ def time_table(settings: Settings) -> Table:
     model, dtype, rounds = settings.model_of("yardstick"), settings.dtypes[0], max(2, settings.rounds // 4)
     entries = [entry for entry in contestants(settings) if entry.provider != "peft"]
     steps = line_up(build_model(model, dtype, settings.device), entries, settings, TOKENS)
-    trials = {entry: Trial(step.clear, _compile_anew) for entry, step in steps.items()}
+    trials = {entry.label: Trial(step.clear, _compile_anew) for entry, step in steps.items()}
     taken = take_turns(trials, rounds, settings.device, warmup=0)
-    rows: list[Row] = [
-        {"contestant": entry.label, "seconds": spread(own), "ratio": ratios(own, taken[BASE])}
-        for entry, own in taken.items()
-    ]
+    base = taken[BASE.label]
+    rows = [{"contestant": label, "seconds": spread(own), "ratio": ratios(own, base)} for label, own in taken.items()]
     note = (
         f"`{model}`, {dtype}, r {settings.r}, {rounds} rounds. The first step, forward and backward, with "
         "every cache of the compiler empty."

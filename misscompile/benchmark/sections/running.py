@@ -19,9 +19,7 @@ from misscompile.benchmark.training import Steps, line_up
 
 PROMPT, DECODED = 16, 3
 CACHED = ", cached weight"
-SAME_PARTITION = "aot_eager_decomp_partition"
-"""A backend that decides what to keep for the backward as Inductor does, and generates no code."""
-
+SAME_PARTITION = "aot_eager_decomp_partition"  # keeps for the backward what Inductor keeps, and generates no code
 IDENTITY = columns(text, dtype="base", mode="mode", contestant="contestant")
 
 
@@ -32,7 +30,7 @@ def steps(settings: Settings) -> list[Table]:
         entries = contestants(settings)
         exact = Contestant("misscompile", "bat")
         if exact in entries and dtype != "float32":
-            entries.insert(entries.index(exact) + 1, dataclasses.replace(exact, rounded=True))
+            entries.insert(entries.index(exact) + 1, dataclasses.replace(exact, round_bat_weight=True))
         base = build_model(model, dtype, settings.device)
         eager = line_up(base, entries, settings, settings.tokens)
         floors = step_floors(eager, settings)
@@ -125,9 +123,8 @@ def decode(settings: Settings) -> list[Table]:
         taken = take_turns(trials, settings.rounds, settings.device)
         for label, own in taken.items():
             more = over(read[BASE.label if label.endswith(CACHED) else label], read[BASE.label])
-            row: Row = {"dtype": dtype, "contestant": label, "bytes_over_base": more}
-            row["seconds_a_token"] = spread([seconds / DECODED for seconds in own])
-            rows.append(row | {"ratio": ratios(own, taken[BASE.label])})
+            row = {"dtype": dtype, "contestant": label, "bytes_over_base": more, "ratio": ratios(own, taken[BASE.label])}
+            rows.append(row | {"seconds_a_token": spread([seconds / DECODED for seconds in own])})
     note = (
         f"`{name}`, batch 1, eager, r {settings.r}, mini_r {settings.mini_r}: {DECODED} tokens after a prompt of {PROMPT}. "
         "Bytes: the parameters that a token reads, over the base's. Cached weight: `misscompile.merge(model, "
@@ -139,10 +136,7 @@ def decode(settings: Settings) -> list[Table]:
 
 
 def share_weights(base: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules of `base` whose parameters are those of `base` themselves: for what never writes to them.
-
-    With a copy of the weights for each contestant, a machine's large pages would go to the first ones.
-    """
+    """A copy of the modules of `base` on its own parameters; of copied ones, the first would get the large pages."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
