@@ -4,86 +4,64 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 Row = dict[str, Any]
-MISSING = "–"
-TEXTS = ("dtype", "mode", "contestant", "variant", "model", "sum_kernels")
-"""Keys whose values are texts; they go to the left, numbers to the right."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A key of the rows, its heading, and how its values are written."""
-
-    key: str
-    header: str
-    write: Callable[[Any], str] = str
-
-    def cell(self, row: Row) -> str:
-        value = row.get(self.key)
-        return MISSING if value is None else self.write(value)
-
-    @property
-    def justify(self) -> Literal["left", "right"]:
-        return "left" if self.key in TEXTS else "right"
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of JSON values and the columns that are shown of them.
-
-    Args:
-        key: a name for programs, unique in a run.
-        title: a heading.
-        note: what was run and how to read it.
-        columns: what is shown; rows may hold more.
-        rows: JSON values by column key.
-    """
-
-    key: str
-    title: str
-    note: str
-    columns: tuple[Column, ...]
-    rows: list[Row]
-
-    def markdown(self) -> str:
-        """The table with its heading and note as GitHub's Markdown."""
-        lines = [
-            "| " + " | ".join(column.header for column in self.columns) + " |",
-            "|" + "|".join("---" if column.justify == "left" else "---:" for column in self.columns) + "|",
-            *("| " + " | ".join(column.cell(row) for column in self.columns) + " |" for row in self.rows),
-        ]
-        return f"### {self.title}\n\n{self.note}\n\n" + "\n".join(lines) + "\n"
-
-
-def ratio(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def spread_ratio(value: Row) -> str:
-    return f"{value['median']:.3f} ({value['q1']:.3f}–{value['q3']:.3f})"
+ratio = "{:.3f}".format
+seconds = "{:.1f}".format
+change = "{:+.1%}".format
+share = "{:.0%}".format
 
 
 def milliseconds(value: float) -> str:
     return f"{1e3 * value:.1f}" if value < 1 else f"{1e3 * value:,.0f}"
 
 
-def spread_milliseconds(value: Row) -> str:
-    return f"{milliseconds(value['median'])} ({milliseconds(value['q1'])}–{milliseconds(value['q3'])})"
-
-
-def spread_seconds(value: Row) -> str:
-    return f"{value['median']:.1f} ({value['q1']:.1f}–{value['q3']:.1f})"
-
-
-def spread_percent(value: Row) -> str:
-    return f"{value['median']:.0%} ({value['q1']:.0%}–{value['q3']:.0%})"
-
-
 def mebibytes(value: float) -> str:
     return f"{value / 2**20:.1f}"
 
 
-def percent(value: float) -> str:
-    return f"{value:+.1%}"
+def text(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else ", ".join(f"`{name}`" for name in value) or "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A key of the rows, its heading, and how its values are written; of a `timing.spread`, the median and quartiles are."""
+
+    key: str
+    header: str
+    write: Callable[[Any], str]
+
+    def cell(self, row: Row) -> str:
+        value = row.get(self.key)
+        if isinstance(value, dict):
+            median, low, high = (self.write(value[part]) for part in ("median", "q1", "q3"))
+            return f"{median} ({low}–{high})"
+        return "–" if value is None else self.write(value)
+
+
+def columns(write: Callable[[Any], str], /, **headers: str) -> list[Column]:
+    """A column for each key with its heading, all written alike."""
+    return [Column(key, header, write) for key, header in headers.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of JSON values and the columns that are shown of them; `key` is unique in a run, `note` says how to read it."""
+
+    key: str
+    title: str
+    note: str
+    columns: list[Column]
+    rows: list[Row]
+
+    def markdown(self) -> str:
+        """The table with its heading and note as GitHub's Markdown."""
+        lines = [
+            [column.header for column in self.columns],
+            ["---" if column.write is text else "---:" for column in self.columns],
+            *([column.cell(row) for column in self.columns] for row in self.rows),
+        ]
+        return f"### {self.title}\n\n{self.note}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -1,1 +1,1 @@
-"""One file for each section of the benchmark: `run(settings)` measures and returns its tables."""
+"""The sections of the benchmark: each measures what the settings ask for and returns its tables."""

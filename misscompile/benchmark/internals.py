@@ -1,0 +1,20 @@
+"""All that the benchmark reads of misscompile beside its public interface and its errors."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from misscompile import cost
+from misscompile.state import owner_states, owners
+
+
+def adapted_linears(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that misscompile adapted, each with its base `weight`."""
+    return list(owners(model).values())
+
+
+def added_flops(adapted: nn.Module, variant: str, tokens: int, r: int, mini_r: int) -> int:
+    """FLOPs that `variant` adds to a training step over all linears of `adapted`; of several forms the least."""
+    forms = [expression for form, expression in cost.STEP.items() if form.split()[0] == variant]
+    shapes = [state.shape for state in owner_states(adapted).values() if state.shape is not None]
+    return sum(min(cost.evaluate(form, tokens, *shape, r, mini_r) for form in forms) for shape in shapes)
