@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import nn
 
-from misscompile import cost
-from misscompile.state import owner_states, owners
+from misscompile.record.walk import owner_states, owners
+from misscompile.variants import VARIANTS, Form
 
 
 def adapted_linears(model: nn.Module) -> list[nn.Module]:
@@ -15,6 +17,6 @@ def adapted_linears(model: nn.Module) -> list[nn.Module]:
 
 def added_flops(adapted: nn.Module, variant: str, tokens: int, r: int, mini_r: int) -> int:
     """FLOPs that `variant` adds to a training step over all linears of `adapted`; of several forms the least."""
-    forms = [expression for form, expression in cost.STEP.items() if form.split()[0] == variant]
+    flops, forms = VARIANTS[variant].step_flops, get_args(Form)
     shapes = [state.shape for state in owner_states(adapted).values() if state.shape is not None]
-    return sum(min(cost.evaluate(form, tokens, *shape, r, mini_r) for form in forms) for shape in shapes)
+    return sum(min(flops(tokens, *shape, r, mini_r, form) for form in forms) for shape in shapes)
