@@ -6,10 +6,13 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
-
 from misscompile.errors import MissError
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    raise SystemExit(f"misscompile: {error.name} is not installed: run `pip install typer rich`.") from error
 
 app = typer.Typer(
     name="misscompile",
@@ -53,7 +56,9 @@ def bench(
 ) -> None:
     """Measure misscompile, PEFT and the frozen base in turn: steps, memory, adapting, compiling, decoding, merging."""
     try:
-        _require(BENCH_NEEDS, "bench")
+        missing = [package for package in BENCH_NEEDS if importlib.util.find_spec(package) is None]
+        if missing:
+            raise MissError(f"{', '.join(missing)} not installed: run `pip install 'misscompile[bench]'`.")
         from misscompile.benchmark.report import report
         from misscompile.benchmark.settings import SECTIONS, Settings
 
@@ -71,22 +76,12 @@ def bench(
             mini_r=mini_r,
             threads=threads,
         )
-        report(settings, out, _console())
+        console = Console()
+        report(settings, out, console if console.is_terminal else Console(width=WIDTH))
     except MissError as error:
         typer.echo(f"misscompile bench: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
-
-
 def _split(names: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-
-
-def _require(packages: tuple[str, ...], extra: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise MissError(f"{', '.join(missing)} not installed: run `pip install 'misscompile[{extra}]'`.")

@@ -1,6 +1,6 @@
-"""Which form of an operation is taken where: every test of a device, every threshold, and what each was measured on.
+"""Which form of an operation is taken where: every test of a device and every threshold.
 
-The thresholds were measured on CPUs and hold there alone. Elsewhere an operation takes its plain form.
+The constants were measured on CPUs and hold there alone. Elsewhere an operation takes its plain form.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from misscompile.variants import Form
 
 MANY_TOKENS = 64
 """From here on a product over 16-bit tokens is worth a preparation of its own."""
@@ -34,11 +36,20 @@ def takes_operators(x: Tensor) -> bool:
     """Whether operators of this library may stand in the graph that `torch.compile` is making.
 
     Each kernel that Inductor generates for a CPU is a run of the C++ compiler; on a GPU it fuses more. An exported graph
-    has to run without the library, and a tensor subclass (`DTensor`) or a transform of `torch.func` knows no operator of ours.
+    has to run without the library. A tensor subclass (`DTensor`) or a transform of `torch.func` knows no operator of ours.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
         return False
     return type(x) is Tensor and x.device.type == "cpu"
+
+
+def takes_factored(x: Tensor, r: int, form: Form) -> bool:
+    """Whether bat's factored form takes no more FLOPs for `x (…, in)`; this is counted, so it holds on every device.
+
+    It takes two products of the base's size. Forming ΔW takes as many FLOPs as `r` tokens do in one such product.
+    """
+    few = r if form == "two products" else r // 2
+    return not torch.compiler.is_exporting() and x.numel() <= few * x.shape[-1]
 
 
 def fills_vector(dtype: torch.dtype, m: int) -> bool:
@@ -74,6 +85,19 @@ def can_redraw(x: Tensor) -> bool:
     if x.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()
     return x.device.type == "cpu"
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The state of the generator from which the values on this device are drawn."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    """Set what `random_state` gives."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def fold_parts(weight: Tensor) -> int:

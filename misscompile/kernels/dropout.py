@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misscompile.kernels.device import can_redraw
+from misscompile.kernels.device import can_redraw, random_state, set_random_state
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -33,7 +33,7 @@ class _Redrawn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         ctx.p = p
-        ctx.save_for_backward(_random_state(x.device))
+        ctx.save_for_backward(random_state(x.device))
         return F.dropout(x, p)
 
     @staticmethod
@@ -41,20 +41,9 @@ class _Redrawn(torch.autograd.Function):
         gradient = gradients[0].contiguous()  # the mask is drawn in the order of the memory
         (state,) = ctx.saved_tensors
         device = gradient.device
-        current = _random_state(device)
-        _set_random_state(state, device)
+        current = random_state(device)
+        set_random_state(state, device)
         try:
             return F.dropout(gradient, ctx.p), None
         finally:
-            _set_random_state(current, device)
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+            set_random_state(current, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -22,15 +23,15 @@ def fold_in_place(weight: Tensor, updates: Sequence[Update]) -> None:
     Each ΔW is computed from the base weight, so that their order does not matter. It works part by part, on rows that stay
     in the cache.
     """
-    wide = _wide_dtype(weight, updates)
-    step = math.lcm(*(VARIANTS[variant].row_step(block) for variant, block in updates))
-    count = math.ceil(len(weight) / fold_parts(weight) / step) * step
+    dtypes = [weight.dtype, *(block.dtype for _, block in updates)]
+    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
     blocks = [(VARIANTS[variant], block.detach().to(wide)) for variant, block in updates]
-    reads_weight = any(variant.reads_weight for variant, _ in blocks)
+    step = math.lcm(*(variant.row_step(block) for variant, block in blocks))
+    count = math.ceil(len(weight) / fold_parts(weight) / step) * step
     size = min(count, len(weight)), weight.shape[1]
     # memory that is taken before the first part is written: where there is none, the weight is whole
     summed = weight.new_empty(size, dtype=wide) if weight.dtype != wide else None
-    origin = weight.new_empty(size, dtype=wide) if reads_weight else None
+    origin = weight.new_empty(size, dtype=wide) if any(variant.reads_weight for variant, _ in blocks) else None
     for start in range(0, len(weight), max(count, 1)):
         part = weight[start : start + count]
         merged = part if summed is None else summed[: len(part)].copy_(part)
@@ -52,30 +53,22 @@ def stays_finite(weight: Tensor, updates: Sequence[Update]) -> bool:
     if not weight.is_floating_point() or weight.numel() == 0:
         return False
     limits = torch.finfo(weight.dtype)
-    reads_weight = any(VARIANTS[variant].reads_weight for variant, _ in updates)
-    magnitude = largest_magnitude(weight) if reads_weight else 0.0
-    room = 0.99 * limits.max if reads_weight else limits.max * limits.eps / 4  # for rounding; a quarter: max is 2 - eps
-    bounds = (
-        VARIANTS[v].bound(len(b) if b.dim() == 2 else b.shape[-1], largest_magnitude(b), magnitude) for v, b in updates
-    )
-    return magnitude + sum(bounds) < room  # NaN compares as False
+    if any(VARIANTS[variant].reads_weight for variant, _ in updates):
+        largest, room = _largest_magnitude(weight), 0.99 * limits.max  # for rounding
+    else:
+        largest, room = 0.0, limits.max * limits.eps / 4  # a quarter: max is 2 - eps
+    bounds = (VARIANTS[variant].bound(block, _largest_magnitude(block), largest) for variant, block in updates)
+    return largest + sum(bounds) < room  # NaN compares as False
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element is finite; `torch.isfinite` takes ten times as long on a CPU."""
     if tensor.is_floating_point() and tensor.numel():
-        return math.isfinite(largest_magnitude(tensor))
+        return math.isfinite(_largest_magnitude(tensor))
     return bool(torch.isfinite(tensor).all())
 
 
-def largest_magnitude(tensor: Tensor) -> float:
+def _largest_magnitude(tensor: Tensor) -> float:
     """The largest `|x|` of a tensor, read once and without a copy; infinity where an element is not finite."""
     low, high = (float(end) for end in torch.aminmax(tensor.detach()))
     return max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
-
-
-def _wide_dtype(weight: Tensor, updates: Sequence[Update]) -> torch.dtype:
-    wide = torch.float32
-    for tensor in (weight, *(block for _, block in updates)):
-        wide = torch.promote_types(wide, tensor.dtype)
-    return wide

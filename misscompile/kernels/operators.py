@@ -11,13 +11,17 @@ from torch import Tensor, library
 _LIBRARY: Any = library.Library("misscompile", "DEF")  # type: ignore[no-untyped-call]
 
 
-def define_operator(schema: str, rule: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator of a schema.
+def define_operator(
+    schema: str,
+    rule: Callable[..., Any],
+    like: Callable[..., Any],
+    keep: Callable[..., None] | None = None,
+    differentiate: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """The operator of a schema that mutates nothing and returns no view of an argument.
 
-    Args:
-        schema: name, arguments and results; nothing is mutated, no result may be an argument or a view of one.
-        rule: what it computes; its results are made contiguous.
-        fake: from the same arguments, empty contiguous tensors with the shapes and dtypes of the results.
+    `rule` computes it, `like` makes empty contiguous tensors of the shapes and dtypes of the results, and
+    `keep(ctx, inputs, output)` and `differentiate(ctx, gradient)` are its backward.
     """
     name = schema.partition("(")[0]
 
@@ -27,11 +31,8 @@ def define_operator(schema: str, rule: Callable[..., Any], fake: Callable[..., A
 
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
-    library.register_fake(f"misscompile::{name}", fake, lib=_LIBRARY)
+    library.register_fake(f"misscompile::{name}", like, lib=_LIBRARY)
+    if differentiate is not None:
+        library.register_autograd(f"misscompile::{name}", differentiate, setup_context=keep, lib=_LIBRARY)
     operator: Callable[..., Any] = getattr(torch.ops.misscompile, name).default
     return operator
-
-
-def register_gradient(name: str, differentiate: Callable[..., Any], keep: Callable[..., None]) -> None:
-    """Give an operator its backward, `differentiate(ctx, gradient)`, and `keep(ctx, inputs, output)` for it."""
-    library.register_autograd(f"misscompile::{name}", differentiate, setup_context=keep, lib=_LIBRARY)

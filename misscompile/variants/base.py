@@ -56,19 +56,15 @@ class Variant(abc.ABC):
         return 1
 
     @abc.abstractmethod
-    def bound(self, r: int, block_magnitude: float, weight_magnitude: float) -> float:
-        """What no `|ΔW[o, i]|` exceeds, from the largest magnitudes in the block and in `W`."""
-
-    @abc.abstractmethod
-    def forward_flops(self, tokens: int, in_features: int, out_features: int, r: int, mini_r: int, form: Form) -> int:
-        """What a forward adds to the base's: two for each multiply-add of a product, as `torch.utils.flop_counter` counts.
-
-        The numbers may be sympy symbols. `form` matters to variants that read the weight.
-        """
+    def bound(self, block: Tensor, in_block: float, in_weight: float) -> float:
+        """What no `|ΔW[o, i]|` exceeds; `in_block` and `in_weight` are the largest magnitudes in the block and in `W`."""
 
     @abc.abstractmethod
     def step_flops(self, tokens: int, in_features: int, out_features: int, r: int, mini_r: int, form: Form) -> int:
-        """The same of a training step with the base frozen: forward, input gradient and block gradient."""
+        """What a training step adds to that of the frozen base: forward, input gradient and block gradient.
+
+        Each multiply-add of a product is two, as `torch.utils.flop_counter` counts. The numbers may be sympy symbols.
+        """
 
 
 class SummedVariant(Variant):
@@ -78,21 +74,19 @@ class SummedVariant(Variant):
     """
 
     def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor) -> Tensor:
-        rows, r = self._columns(block, merged.shape[0]).t().contiguous(), len(block)
+        r = len(block)
+        rows = self._columns(block, len(merged)).t().contiguous()
         n, rest = divmod(merged.shape[1], r)
         torch.unflatten(merged[:, : n * r], -1, (n, r)).add_(rows.unsqueeze(1))
         if rest:
             merged[:, n * r :].add_(rows[:, :rest])
         return merged
 
-    def bound(self, r: int, block_magnitude: float, weight_magnitude: float) -> float:
-        return block_magnitude
-
-    def forward_flops(self, tokens: int, in_features: int, out_features: int, r: int, mini_r: int, form: Form) -> int:
-        return 2 * tokens * r * self.block_shape(r, mini_r, in_features, out_features)[1]
+    def bound(self, block: Tensor, in_block: float, in_weight: float) -> float:
+        return in_block
 
     def step_flops(self, tokens: int, in_features: int, out_features: int, r: int, mini_r: int, form: Form) -> int:
-        return 3 * self.forward_flops(tokens, in_features, out_features, r, mini_r, form)
+        return 3 * 2 * tokens * r * self.block_shape(r, mini_r, in_features, out_features)[1]
 
     def lora_factors(self, block: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
         """`A (r, in)` and `B (out, r)` with `B A = ΔW`, exactly: `A[j, i] = [i ≡ j mod r]`, `B` is `D` transposed."""
@@ -101,5 +95,5 @@ class SummedVariant(Variant):
         return down, self._columns(block, out_features).t()
 
     def _columns(self, block: Tensor, out_features: int) -> Tensor:
-        """`(r, out)`."""
+        """`D` for every output, `(r, out)`."""
         return block.repeat(1, out_features // block.shape[1])

@@ -10,8 +10,8 @@ from torch import Tensor
 from misscompile.variants.base import Form, Variant
 from misscompile.variants.mini import divisors
 
-_MORE_PRODUCTS: dict[Form, tuple[int, int]] = {"one product": (0, 1), "two products": (1, 2), "beside the base": (1, 3)}
-"""Products of the base's size beside the base's own, in a forward and in a step; every step makes `dW = dyᵀ x`."""
+_FURTHER_PRODUCTS: dict[Form, int] = {"one product": 1, "two products": 2, "beside the base": 3}
+"""Products of the base's size that a step adds to the base's two; `dW = dyᵀ x` is one of them."""
 
 
 class Bat(Variant):
@@ -36,15 +36,12 @@ class Bat(Variant):
         r = block.shape[-1]
         return block[start // r : stop // r]
 
-    def bound(self, r: int, block_magnitude: float, weight_magnitude: float) -> float:
-        return block_magnitude + r * weight_magnitude * block_magnitude
-
-    def forward_flops(self, tokens: int, in_features: int, out_features: int, r: int, mini_r: int, form: Form) -> int:
-        return 2 * in_features * out_features * (r + tokens * _MORE_PRODUCTS[form][0])
+    def bound(self, block: Tensor, in_block: float, in_weight: float) -> float:
+        return in_block + block.shape[-1] * in_weight * in_block
 
     def step_flops(self, tokens: int, in_features: int, out_features: int, r: int, mini_r: int, form: Form) -> int:
         """ΔW twice (it is not kept for the backward), the block gradient through `W`, and the further products."""
-        return 2 * in_features * out_features * (3 * r + tokens * _MORE_PRODUCTS[form][1])
+        return 2 * in_features * out_features * (3 * r + tokens * _FURTHER_PRODUCTS[form])
 
 
 def bat_delta(weight: Tensor, block: Tensor) -> Tensor:
