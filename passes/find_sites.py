@@ -19,7 +19,7 @@ from misscompile.passes import refuse
 from misscompile.passes.linear_calls import LinearCall, as_tuple, match_linear, resembles_linear, target_name
 from misscompile.passes.owner_names import PROJECTIONS, owner_name, stack_name
 from misscompile.passes.trace import call_opaque
-from misscompile.passes.weight_paths import WeightError, find_parameter, overlap, readers, trace_weight, view_shape
+from misscompile.passes.weight_paths import WeightError, find_parameter, overlap, readers, trace_weight, weight_view
 from torch import Tensor, fx, nn
 
 from misscompile.record.words import Layout, Refusal, Scope, Site, Step, WeightPath
@@ -121,7 +121,7 @@ def _find_call(scope: Scope, node: fx.Node, call: LinearCall, mutated: dict[str,
             reason = refuse.written_in_place(call.weight, mutated) or str(error)
             scope.refusals.append(Refusal(stack_name(node) or node.name, kind, reason))
         return
-    shape = view_shape(scope.root, path)
+    shape = weight_view(scope.root, path).shape
     if call.layout == "conv" and any(size != 1 for size in shape[2:]):
         return
     name = owner_name(node, path.parameter)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from misscompile.passes.linear_calls import LinearCall, match_linear, target_name
 from misscompile.passes.owner_names import PROJECTIONS, owner_name, stack_name
-from misscompile.passes.weight_paths import WeightError, trace_weight, view_shape
+from misscompile.passes.weight_paths import WeightError, trace_weight, weight_view
 from torch import Tensor, fx
 
 from misscompile.record.words import Refusal, Scope
@@ -28,7 +28,7 @@ def refuse_operands(scope: Scope, node: fx.Node, dimensions: int | None, reason:
             path = trace_weight(source, scope.root)
         except WeightError:
             continue
-        size = len(view_shape(scope.root, path))
+        size = len(weight_view(scope.root, path).shape)
         if size == dimensions or (dimensions is None and size > 1):
             name = owner_name(node, path.parameter) or path.parameter
             module = name.removesuffix("in_proj_weight")

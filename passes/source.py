@@ -18,7 +18,7 @@ from torch import nn
 Chain = tuple[str, ...]
 
 _STRUCTURE = ("weight", "bias", "in_features", "out_features", "nx", "nf", "parametrizations", "forward")
-"""What a forward may read of its module beside parameters and children: it is the same for all modules that share a graph."""
+"""What a forward may read of its module beside parameters and children: modules that share a graph have it in common."""
 
 _STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr, ast.Pass)
 _BRANCHES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.NamedExpr, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
