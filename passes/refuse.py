@@ -72,14 +72,11 @@ def mutated_parameters(scope: Scope) -> dict[str, str]:
     """The targets of parameters that the graph writes, each with the node that does."""
     found = {}
     for node in scope.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            found.update(_mutated_inside(scope, node))
-        if _is_in_place(node) and isinstance(node.args[0], fx.Node):
+        for writer, written in _writes(scope, node).items():
             try:
-                path = trace_weight(node.args[0], scope.root)
+                found[trace_weight(written, scope.root).parameter] = writer
             except WeightError:
                 continue
-            found[path.parameter] = node.name
     return found
 
 
@@ -111,20 +108,25 @@ def gradient_stop(node: fx.Node) -> str | None:
     return f"{stops[0].name!r} ({stops[0].target})" if stops else "the end of the graph, which does not use it"
 
 
-def _mutated_inside(scope: Scope, node: fx.Node) -> dict[str, str]:
-    """What the sub-graph of a higher-order operator writes: one that turns gradients off around an update, for example."""
+def _writes(scope: Scope, node: fx.Node) -> dict[str, fx.Node]:
+    """What `node`, or the sub-graph that it runs, changes in place: the name of each node that does, and the node changed.
+
+    An operator with a sub-graph turns gradients off around an update, for example.
+    """
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return {node.name: node.args[0]} if _is_in_place(node) and isinstance(node.args[0], fx.Node) else {}
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    graph = next((arg for arg in operands if isinstance(getattr(scope.root, str(arg.target), None), fx.GraphModule)), None)
-    if graph is None:
-        return {}
-    inner = getattr(scope.root, str(graph.target)).graph
-    given = operands[operands.index(graph) + 1 :]
-    inputs = dict(zip((n for n in inner.nodes if n.op == "placeholder"), given, strict=False))
-    return {
-        str(inputs[write.args[0]].target): write.name
-        for write in inner.nodes
-        if _is_in_place(write) and write.args[0] in inputs
-    }
+    for index, operand in enumerate(operands):
+        inner = getattr(scope.root, str(operand.target), None)
+        if isinstance(inner, fx.GraphModule):
+            placeholders = inner.graph.find_nodes(op="placeholder")
+            given = dict(zip(placeholders, operands[index + 1 :], strict=False))
+            return {
+                write.name: given[write.args[0]]
+                for write in inner.graph.nodes
+                if _is_in_place(write) and write.args[0] in given
+            }
+    return {}
 
 
 def _is_in_place(node: fx.Node) -> bool:
