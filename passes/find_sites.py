@@ -161,7 +161,7 @@ def _projections(site: Site) -> list[Site]:
             stop = start + width
             path = WeightPath(site.path.parameter, (*site.path.steps, ("rows", start, stop)))
             part = dataclasses.replace(site, owner=join(module, projection) + mark + number, out_features=width, path=path)
-            if width != site.out_features:
+            if (start, stop) != (0, site.out_features):
                 part.columns, part.is_whole = (start, stop, site.out_features), False
             found.append(part)
     return found
