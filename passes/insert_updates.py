@@ -113,12 +113,13 @@ class _Rewrite:
         replacing = [block for block in weighing if site.is_whole and not block.dropout]
         if replacing:
             self._replace_call(replacing)
-        for self.block in [block for block in site.blocks if block not in replacing]:
-            if self.block in weighing:
-                operands = self._input(self.block), self.weight, self._parameter(self.block)
+        for block in [block for block in site.blocks if block not in replacing]:
+            self.block = block
+            if block in weighing:
+                operands = self._input(block), self.weight, self._parameter(block)
                 self.y = self.call(self.after, kernels.add_bat, self.y, *operands)
             else:
-                self._add_summed(self.block)
+                self._add_summed(block)
         if site.layout == "conv":
             self.y = self.call(self.after, kernels.features_first, self.y, positions)
         return self.y
