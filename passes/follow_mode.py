@@ -113,9 +113,9 @@ def _has_copy(node: fx.Node) -> bool:
     return any(user.target is _COPY for user in node.users)
 
 
-def _arguments(node: fx.Node) -> dict[Key, Any]:
-    """The arguments of a node by place or keyword; of an aten operator all of them by name, defaults filled in."""
-    given: dict[Key, Any] = {**dict(enumerate(node.args)), **node.kwargs}
+def _arguments(node: fx.Node) -> Any:
+    """A dict of the arguments of a node by place or keyword; of an aten operator all of them by name, defaults filled in."""
+    given: dict[Key, Any] = dict([*enumerate(node.args), *node.kwargs.items()])
     if not isinstance(node.target, torch._ops.OpOverload):
         return given
     schema = node.target._schema.arguments

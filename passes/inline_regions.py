@@ -22,9 +22,9 @@ aten = torch.ops.aten
 
 def inline_regions(scope: Scope) -> int:
     """Inline every such region of `scope.graph`, but none that holds others; returns how many."""
-    regions = [(node, inner.graph) for node in scope.graph.nodes if (inner := _region(scope.root, node)) is not None]
-    for node, inner in regions:
-        _inline(scope.graph, node, inner)
+    regions = [(node, region) for node in scope.graph.nodes if (region := _region(scope.root, node)) is not None]
+    for node, region in regions:
+        _inline(scope.graph, node, region.graph)
     return len(regions)
 
 

@@ -104,7 +104,8 @@ def probe_opaque(owner: nn.Module, base_class: type[nn.Module], shape: Shape) ->
     shadow = _shadow(base_class, owner)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            for held in (shadow._parameters, shadow._buffers):
+            registries: list[dict[str, Any]] = [shadow._parameters, shadow._buffers]
+            for held in registries:
                 held.update({name: None if tensor is None else mode.from_tensor(tensor) for name, tensor in held.items()})
             x = torch.empty(2, shape[0], dtype=dtype, device=like.device)
             call_opaque(functools.partial(base_class.forward, shadow), shape[1], x, (), {})

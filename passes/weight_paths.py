@@ -176,7 +176,7 @@ def _step(node: fx.Node, kind: str, current: Tensor) -> Step:
     if split.target in _CHUNK:
         parts = current.chunk(operand(split, 1, "chunks"))
     else:
-        parts = current.split(operand(split, 1, "split_size_or_sections"))
+        parts = torch.split(current, operand(split, 1, "split_size_or_sections"))
     start = sum(part.shape[0] for part in parts[:index])
     return ("rows", start, start + parts[index].shape[0])
 

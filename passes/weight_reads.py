@@ -42,7 +42,7 @@ def find_read_weights(modules: Iterable[nn.Module]) -> dict[nn.Module, WeightRea
     readers: dict[nn.Module, type[nn.Module]] = {}
     called: set[nn.Module] = set()
     for parent in modules:  # of several readers, the last and nearest tells most
-        reads, calls = weight_uses(type(parent))
+        reads, calls = weight_uses(type(parent))  # type: ignore[arg-type]
         for path in reads:
             readers.update(dict.fromkeys(_children(parent, path), type(parent)))
         for path in calls:
