@@ -116,8 +116,8 @@ class _Rewrite:
         for block in [block for block in site.blocks if block not in replacing]:
             self.block = block
             if block in weighing:
-                operands = self._input(block), self.weight, self._parameter(block)
-                self.y = self.call(self.after, kernels.add_bat, self.y, *operands)
+                x, weight, parameter = self._input(block), self.weight, self._parameter(block)
+                self.y = self.call(self.after, kernels.add_bat, self.y, x, weight, parameter)
             else:
                 self._add_summed(block)
         if site.layout == "conv":

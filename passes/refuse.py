@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 
@@ -73,10 +74,8 @@ def mutated_parameters(scope: Scope) -> dict[str, str]:
     found = {}
     for node in scope.graph.nodes:
         for writer, written in _writes(scope, node).items():
-            try:
+            with contextlib.suppress(WeightError):
                 found[trace_weight(written, scope.root).parameter] = writer
-            except WeightError:
-                continue
     return found
 
 

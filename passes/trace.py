@@ -34,6 +34,7 @@ BASE_FORWARD = "miss_base_forward"
 """Name under which an opaque forward stays callable on its owner."""
 
 Shape = tuple[int, int]
+"""`(in_features, out_features)`."""
 
 
 class _OwnerTracer(fx.Tracer):
@@ -46,13 +47,9 @@ class _OwnerTracer(fx.Tracer):
 def trace_owner(
     owner: nn.Module, base_class: type[nn.Module], shape: Shape, foreign: Callable[..., Any] | None = None
 ) -> Scope:
-    """The scope of the forward that `base_class` defines, or of one opaque call of it; the owner is not changed.
+    """The scope of the forward that `base_class`, the owner's class without adapters, defines, or of one opaque call of it.
 
-    Args:
-        owner: a linear module, adapted or not.
-        base_class: its class without adapters.
-        shape: its `(in_features, out_features)`.
-        foreign: a forward that somebody else set on the owner's instance and that replaces the class's.
+    `foreign` is a forward that somebody else set on the owner's instance: it replaces the class's.
     """
     graph = _trace(owner, base_class, foreign)
     if isinstance(graph, str):
