@@ -12,6 +12,8 @@ What looks like a linear and cannot take a block becomes a `Refusal` with the re
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from misscompile.passes import refuse
 from misscompile.passes.linear_calls import LinearCall, as_tuple, match_linear, resembles_linear, target_name
 from misscompile.passes.owner_names import PROJECTIONS, owner_name, stack_name
 from misscompile.passes.trace import call_opaque
-from misscompile.passes.weight_paths import WeightError, find_parameter, overlap, readers, trace_weight, view_shape
+from misscompile.passes.weight_paths import WeightError, find_parameter, overlap, readers, trace_weight, weight_view
+from misscompile.record.walk import join
 from misscompile.record.words import Layout, Refusal, Scope, Site, Step, WeightPath
 
 aten = torch.ops.aten
@@ -31,6 +34,7 @@ _STACKED_PRODUCTS = {
     *(torch.bmm, torch.baddbmm, "bmm", "baddbmm"),
     *(aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default),
 }
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _STACK = "its weight is a stack of fused weights, not a linear"
 _LAST_STEP: dict[Layout, tuple[Step, ...]] = {"out_in": (), "in_out": (("t",),), "conv": (("flatten",),)}
 _SHAPE_ATTRIBUTE_PAIRS = (("in_features", "out_features"), ("nx", "nf"), ("infeatures", "outfeatures"))
@@ -39,8 +43,7 @@ _SHAPE_ATTRIBUTE_PAIRS = (("in_features", "out_features"), ("nx", "nf"), ("infea
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(in_features, out_features)` of a module that says it is a linear, else None.
 
-    Linears are `nn.Linear` and its subclasses, `Conv1D`, and packed or quantised modules, which keep both numbers as
-    integer attributes.
+    Packed and quantised modules, like `nn.Linear` and `Conv1D`, keep both numbers as integer attributes.
     """
     for in_name, out_name in _SHAPE_ATTRIBUTE_PAIRS:
         in_features, out_features = getattr(module, in_name, None), getattr(module, out_name, None)
@@ -50,12 +53,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def find_sites(scope: Scope) -> int:
-    """Fill `scope.sites`, `scope.refusals` and `scope.unnamed` from `scope.graph`.
+    """Fill `scope.sites`, `scope.refusals` and `scope.unnamed` from `scope.graph`, and return the number of sites.
 
     In a traced owner, sites are the calls of the owner's own `weight` alone.
-
-    Returns:
-        The number of sites.
     """
     scope.sites, scope.refusals, scope.unnamed = [], [], []
     mutated = refuse.mutated_parameters(scope)
@@ -76,15 +76,11 @@ def find_sites(scope: Scope) -> int:
             _find_call(scope, node, call, mutated)
         elif (reason := resembles_linear(node)) is not None:
             refuse.refuse_operands(scope, node, None, reason)
-    if scope.shape is not None:
+    if scope.shape is None:
+        _name_parts(scope)
+        _refuse_without_gradient(scope)
+    else:
         scope.sites = [site for site in scope.sites if _is_of_owner(scope, site)]
-        return len(scope.sites)
-    _name_parts(scope)
-    for site in list(scope.sites):
-        stop = refuse.gradient_stop(site.node)
-        if stop is not None:
-            scope.sites.remove(site)
-            scope.refusals.append(Refusal(site.owner, target_name(site.node), f"no gradient comes back to it past {stop}"))
     return len(scope.sites)
 
 
@@ -110,18 +106,19 @@ def _is_of_owner(scope: Scope, site: Site) -> bool:
 
 
 def _find_call(scope: Scope, node: fx.Node, call: LinearCall, mutated: dict[str, str]) -> None:
+    """Append the site of a call, its refusal, or nothing where it is a product of two computed values."""
     kind = target_name(node)
     try:
         path = trace_weight(call.weight, scope.root)
     except WeightError as error:
-        if call.x.op == "get_attr" and refuse.is_product_with_data(node, call):
-            reason = "its weight is the left side of the product, and a linear's is the right one"
-            refuse.refuse_operands(scope, node, 2, reason)
-        elif not refuse.is_product_with_data(node, call):
+        if not refuse.is_product_with_data(node, call):
             reason = refuse.written_in_place(call.weight, mutated) or str(error)
             scope.refusals.append(Refusal(stack_name(node) or node.name, kind, reason))
+        elif call.x.op == "get_attr":
+            reason = "its weight is the left side of the product, and a linear's is the right one"
+            refuse.refuse_operands(scope, node, 2, reason)
         return
-    shape = view_shape(scope.root, path)
+    shape = weight_view(scope.root, path).shape
     if call.layout == "conv" and any(size != 1 for size in shape[2:]):
         return
     name = owner_name(node, path.parameter)
@@ -133,40 +130,46 @@ def _find_call(scope: Scope, node: fx.Node, call: LinearCall, mutated: dict[str,
     elif name is None:
         scope.unnamed.append(path.parameter)
     else:
-        scope.sites += _sites(node, call, path, shape, name, _is_vector(scope, call.added))
+        site = _site(scope, node, call, path, shape)
+        site.owner = name
+        scope.sites += _projections(site) or [site]
 
 
-def _sites(node: fx.Node, call: LinearCall, path: WeightPath, shape: torch.Size, name: str, is_bias: bool) -> list[Site]:
-    """One site, or the three of an attention's fused projection. `is_bias`: what the call adds is one vector."""
-    steps = (*path.steps, *_LAST_STEP[call.layout])
+def _site(scope: Scope, node: fx.Node, call: LinearCall, path: WeightPath, shape: torch.Size) -> Site:
     in_features, out_features = (shape[0], shape[1]) if call.layout == "in_out" else (shape[1], shape[0])
-    operands = node, call.x, call.weight, call.added
-    whole = call.layout != "conv" and (call.added is None or is_bias)
-    module, _, last_name = name.rpartition(".")
-    fused, mark, number = last_name.partition("#")
-    if fused != "in_proj_weight" or call.layout != "out_in":
-        positions = len(shape) - 2
-        strides = call.strides if len(call.strides) == positions else call.strides * positions
-        path, sizes = WeightPath(path.parameter, steps), (in_features, out_features)
-        return [Site(*operands, call.layout, *sizes, path, owner=name, strides=strides, is_whole=whole)]
-    first = next((step[1] for step in steps if step[0] == "rows"), 0)
+    path = WeightPath(path.parameter, (*path.steps, *_LAST_STEP[call.layout]))
+    site = Site(node, call.x, call.weight, call.added, call.layout, in_features, out_features, path)
+    site.is_whole = call.layout != "conv" and (call.added is None or _is_vector(scope, call.added))
+    positions = len(shape) - 2
+    site.strides = call.strides if len(call.strides) == positions else call.strides * positions
+    return site
+
+
+def _projections(site: Site) -> list[Site]:
+    """The sites of q, k and v where a site is the fused projection of an attention, or the part of it that it takes."""
+    module, _, name = site.owner.rpartition(".")
+    fused, mark, number = name.partition("#")
+    if fused != "in_proj_weight" or site.layout != "out_in":
+        return []
+    assert site.path is not None
+    width = site.in_features
+    first = next((step[1] for step in site.path.steps if step[0] == "rows"), 0)
     found = []
     for index, projection in enumerate(PROJECTIONS):
-        start = index * in_features - first
-        if 0 <= start < out_features:
-            columns = (start, start + in_features)
-            part = WeightPath(path.parameter, (*steps, ("rows", *columns)))
-            owner = (f"{module}.{projection}" if module else projection) + mark + number
-            site = Site(*operands, "out_in", in_features, in_features, part, owner=owner)
-            site.columns = None if columns == (0, out_features) else (*columns, out_features)
-            site.is_whole = whole and site.columns is None
-            found.append(site)
+        start = index * width - first
+        if 0 <= start < site.out_features:
+            stop = start + width
+            path = WeightPath(site.path.parameter, (*site.path.steps, ("rows", start, stop)))
+            part = dataclasses.replace(site, owner=join(module, projection) + mark + number, out_features=width, path=path)
+            if (start, stop) != (0, site.out_features):
+                part.columns, part.is_whole = (start, stop, site.out_features), False
+            found.append(part)
     return found
 
 
-def _is_vector(scope: Scope, node: fx.Node | None) -> bool:
-    value = None if node is None else node.meta.get("val")
-    if value is None and node is not None and node.op == "get_attr":
+def _is_vector(scope: Scope, node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if value is None and node.op == "get_attr":
         value = find_parameter(scope.root, str(node.target))
     return isinstance(value, Tensor) and value.dim() == 1
 
@@ -177,31 +180,39 @@ def _name_parts(scope: Scope) -> None:
     Where parts overlap, one block cannot serve both: they are refused.
     """
     for name, calls in sites_by_name(scope).items():
-        forms = list(dict.fromkeys(site.path.steps for site in calls if site.path is not None))
+        paths = [site.path for site in calls if site.path is not None]
+        forms = list(dict.fromkeys(path.steps for path in paths))
         if len(forms) < 2:
             continue
-        assert calls[0].path is not None
-        weight = find_parameter(scope.root, calls[0].path.parameter)
+        weight = find_parameter(scope.root, paths[0].parameter)
         assert weight is not None
-        if any(overlap(weight, a, b) for index, a in enumerate(forms) for b in forms[:index]):
+        if any(overlap(weight, a, b) for a, b in itertools.combinations(forms, 2)):
             reason = f"its weight is read in {len(forms)} forms that overlap, which one block cannot serve"
             scope.refusals.append(Refusal(name, target_name(calls[0].node), reason))
             scope.sites = [site for site in scope.sites if site not in calls]
             continue
-        for site in calls:
-            assert site.path is not None
-            site.owner = f"{name}.part{forms.index(site.path.steps)}"
+        for site, path in zip(calls, paths, strict=True):
+            site.owner = f"{name}.part{forms.index(path.steps)}"
+
+
+def _refuse_without_gradient(scope: Scope) -> None:
+    for site in list(scope.sites):
+        stop = refuse.gradient_stop(site.node)
+        if stop is not None:
+            scope.sites.remove(site)
+            scope.refusals.append(Refusal(site.owner, target_name(site.node), f"no gradient comes back to it past {stop}"))
 
 
 def _find_module_call(scope: Scope, node: fx.Node) -> None:
-    """A module that the tracer kept as one node."""
+    """Append the site of a module that the tracer kept as one node, or the refusals of the linears in it."""
     name, module = str(node.target), scope.root.get_submodule(str(node.target))
     weight, kind = module._parameters.get("weight"), type(module).__name__
-    layout, strides = _module_layout(module)
+    layout = _module_layout(module)
     x: Any = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
     if layout is not None and weight is not None and isinstance(x, fx.Node):
         out_features, in_features = (weight.shape[1], weight.shape[0]) if layout == "in_out" else weight.shape[:2]
         path = WeightPath(f"{name}.weight", _LAST_STEP[layout])
+        strides = module.stride if isinstance(module, _CONVOLUTIONS) else ()
         scope.sites.append(Site(node, x, None, None, layout, in_features, out_features, path, owner=name, strides=strides))
     elif linear_shape(module) is not None and not isinstance(module, nn.Bilinear):
         own = "a forward of its own" if weight is not None else "a weight that is no plain parameter"
@@ -215,14 +226,12 @@ def _find_module_call(scope: Scope, node: fx.Node) -> None:
         scope.refusals += [Refusal(f"{name}.{child}", "inside a module", reason) for child in inside]
 
 
-def _module_layout(module: nn.Module) -> tuple[Layout | None, tuple[int, ...]]:
-    forward = type(module).forward
-    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
-        return "out_in", ()
+def _module_layout(module: nn.Module) -> Layout | None:
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return "out_in"
     if type(module).__name__ == "Conv1D" and linear_shape(module) is not None:
-        return "in_out", ()
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+        return "in_out"
+    if isinstance(module, _CONVOLUTIONS) and module.groups == 1:
         padding = (0,) if isinstance(module.padding, str) else as_tuple(module.padding)  # "same" adds none to a 1×1 kernel
-        if set(module.kernel_size) == {1} and set(padding) == {0}:
-            return "conv", module.stride
-    return None, ()
+        return "conv" if set(module.kernel_size) == {1} and set(padding) == {0} else None
+    return None

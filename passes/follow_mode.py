@@ -1,6 +1,6 @@
 """Let one graph compute what a model computes in training and in evaluation mode.
 
-A trace freezes the mode. Where two traces of one model differ in constants alone, one graph that reads the flag does for both:
+A trace freezes the mode. Where two traces of one model differ in constants alone, one graph that reads the flag is enough:
 
     training:    dropout(x, 0.1, True)          flag = get_attr[training]
     evaluation:  dropout(x, 0.1, False)    ->   dropout(x, 0.1, flag)
@@ -21,55 +21,53 @@ from misscompile.passes.linear_calls import operand
 from misscompile.record.words import Scope
 
 Constant = bool | int | float | None
+Key = int | str
+"""The place or the keyword of an argument."""
 
 _COPY = torch.ops.aten.contiguous.default
 
 
 def follow_mode(scope: Scope) -> int:
-    """Rewrite `scope.graph`, that of training mode, so that it reads the attribute `training` of its module.
+    """Let `scope.graph`, that of training mode, read the attribute `training`; returns how many calls do.
 
-    `scope.follows_mode` says whether that was possible. Where it and `scope.evaluation` differ in more than constants (a
-    batch norm that counts its batches, a branch on the mode), the graph is left alone.
-
-    Returns:
-        The number of calls that read the mode.
+    `scope.follows_mode` says whether that was possible. Where the graph and `scope.evaluation` differ in more than constants
+    (a batch norm that counts its batches, a branch on the mode), the graph is left alone.
     """
     changes = None if scope.evaluation is None else _changes(scope.graph, scope.evaluation)
     if changes is None:
         return 0
     scope.follows_mode = True
+    graph = scope.graph
     if changes:
-        graph = scope.graph
-        graph.owning_module = None  # which would warn of an attribute that is no tensor
         with graph.inserting_before(next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))):
-            flag = graph.get_attr("training")
-        for node, values, others in changes:
+            flag = graph.create_node("get_attr", "training")
+    for node, different in changes.items():
+        for key, values in different.items():
             with graph.inserting_before(node):
-                arguments = [_choose(graph, flag, a, b) for a, b in zip(values, others, strict=True)]
-            _set_arguments(node, arguments)
+                value = flag if values[0] is True and values[1] is False else graph.call_function(by_mode, (flag, *values))
+            _set_argument(node, key, value)
     return len(changes)
 
 
-def _changes(training: fx.Graph, evaluation: fx.Graph) -> list[tuple[fx.Node, list[Any], list[Any]]] | None:
-    """Each node of `training` whose constants differ, with its arguments in both modes; None where more differs."""
+def _changes(training: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, dict[Key, tuple[Any, Any]]] | None:
+    """Each node of `training` whose constants differ, with those of both modes; None where more differs."""
     left_nodes, right_nodes = _without_copies(training), _without_copies(evaluation)
     if len(left_nodes) != len(right_nodes):
         return None
     names = dict(zip(right_nodes, left_nodes, strict=True))
-    changes: list[tuple[fx.Node, list[Any], list[Any]]] = []
+    changes = {}
     for right, left in names.items():
         if (left.op, str(left.target)) != (right.op, str(right.target)) or (_has_copy(right) and not _has_copy(left)):
             return None
-        values = _arguments(left)
-        others = fx.node.map_arg(_arguments(right), lambda node: names[_source(node)])
-        compared = fx.node.map_arg(values, _source)
-        if len(values) != len(others):
+        values: Any = fx.node.map_arg(_arguments(left), _source)
+        others: Any = fx.node.map_arg(_arguments(right), lambda node: names[_source(node)])
+        if values.keys() != others.keys():
             return None
-        if compared == others or left.op == "call_module":
-            continue
-        if any(a != b and not _are_constants(a, b) for a, b in zip(compared, others, strict=True)):
-            return None
-        changes.append((left, values, [b if a != b else v for a, b, v in zip(compared, others, values, strict=True)]))
+        different = {key: (values[key], others[key]) for key in values if values[key] != others[key]}
+        if different and left.op != "call_module":
+            if not all(isinstance(value, Constant) for pair in different.values() for value in pair):
+                return None
+            changes[left] = different
     return changes
 
 
@@ -115,33 +113,20 @@ def _has_copy(node: fx.Node) -> bool:
     return any(user.target is _COPY for user in node.users)
 
 
-def _choose(graph: fx.Graph, flag: fx.Node, train_value: Any, eval_value: Any) -> Any:
-    if train_value is eval_value or train_value == eval_value:
-        return train_value
-    if (train_value, eval_value) == (True, False):
-        return flag
-    return graph.call_function(by_mode, (flag, train_value, eval_value))
-
-
-def _are_constants(*values: Any) -> bool:
-    return all(isinstance(value, Constant) for value in values)
-
-
-def _arguments(node: fx.Node) -> list[Any]:
-    """The arguments of a node; of an aten operator all of them in the order of its schema, defaults filled in."""
+def _arguments(node: fx.Node) -> Any:
+    """A dict of the arguments of a node by place or keyword; of an aten operator all of them by name, defaults filled in."""
+    given: dict[Key, Any] = dict([*enumerate(node.args), *node.kwargs.items()])
     if not isinstance(node.target, torch._ops.OpOverload):
-        return [*node.args, *(value for _, value in sorted(node.kwargs.items()))]
-    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    return [given.get(a.name, a.default_value) for a in node.target._schema.arguments]
-
-
-def _set_arguments(node: fx.Node, values: list[Any]) -> None:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        node.args = tuple(values[: len(node.args)])
-        node.kwargs = dict(zip(sorted(node.kwargs), values[len(node.args) :], strict=True))
-        return
+        return given
     schema = node.target._schema.arguments
-    node.args = tuple(value for a, value in zip(schema, values, strict=True) if not a.kwarg_only)
-    node.kwargs = {
-        a.name: value for a, value in zip(schema, values, strict=True) if a.kwarg_only and value != a.default_value
-    }
+    return {a.name: given.get(place, given.get(a.name, a.default_value)) for place, a in enumerate(schema)}
+
+
+def _set_argument(node: fx.Node, key: Key, value: fx.Node) -> None:
+    if isinstance(node.target, torch._ops.OpOverload):
+        place = [a.name for a in node.target._schema.arguments].index(str(key))
+        key = place if place < len(node.args) else key
+    if isinstance(key, int):
+        node.update_arg(key, value)
+    else:
+        node.update_kwarg(key, value)

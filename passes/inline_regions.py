@@ -21,18 +21,11 @@ aten = torch.ops.aten
 
 
 def inline_regions(scope: Scope) -> int:
-    """Inline every such region of `scope.graph`; those that hold others are left as they are.
-
-    Returns:
-        The number of regions that were put in line.
-    """
-    count = 0
-    for node in list(scope.graph.nodes):
-        inner = _region(scope.root, node)
-        if inner is not None:
-            _inline(scope.graph, node, inner.graph)
-            count += 1
-    return count
+    """Inline every such region of `scope.graph`, but none that holds others; returns how many."""
+    regions = [(node, region) for node in scope.graph.nodes if (region := _region(scope.root, node)) is not None]
+    for node, region in regions:
+        _inline(scope.graph, node, region.graph)
+    return len(regions)
 
 
 def _region(root: nn.Module, node: fx.Node) -> fx.GraphModule | None:
@@ -54,9 +47,9 @@ def _inline(graph: fx.Graph, node: fx.Node, inner: fx.Graph) -> None:
         for user in list(node.users):
             result = results[user.args[1]]
             if isinstance(result, fx.Node) and isinstance(result.meta.get("val"), torch.Tensor):
-                meta = result.meta
+                meta = dict(result.meta)
                 result = graph.call_function(aten.detach.default, (result,))
-                result.meta = dict(meta)
+                result.meta = meta
             user.replace_all_uses_with(result)
             graph.erase_node(user)
     source = node.args[1]

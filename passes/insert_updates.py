@@ -17,6 +17,7 @@ The functions are those of `misscompile.kernels`, one node each.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -35,14 +36,7 @@ TAG = "misscompile"
 
 
 def insert_updates(scope: Scope) -> int:
-    """Rewrite `scope.graph` so that each site adds the update of every one of its blocks, in their order.
-
-    Returns:
-        The number of calls that were rewritten.
-
-    Raises:
-        UnsupportedModuleError: a block that reads the weight, on an opaque site, whose weight no graph can reach.
-    """
+    """Let each site add the update of every one of its blocks, in their order; returns how many calls were rewritten."""
     sites = [site for site in scope.sites if site.blocks]
     calls = list(dict.fromkeys(site.node for site in sites))
     for node in calls:
@@ -104,37 +98,35 @@ class _Rewrite:
     """One site being rewritten: the operands as they are in the graph, and the output so far."""
 
     def __init__(self, scope: Scope, site: Site, y: fx.Node, after: fx.Node) -> None:
-        self.scope, self.site, self.graph = scope, site, scope.graph
+        self.scope, self.site = scope, site
         self.x, self.y = site.x, y
-        self.after = after
+        self.before, self.after = site.node, after
         self.block: Block | None = None
-        self.base_weight: fx.Node | None = None
 
     def run(self) -> fx.Node:
         """Rewrite the site and return the node that stands for its output now."""
-        positions, before = len(self.site.strides), self.site.node
-        convolution = self.site.layout == "conv"
-        if convolution:
-            self.x = self.call(before, kernels.features_last, self.x, self.site.strides)
+        site, positions = self.site, len(self.site.strides)
+        if site.layout == "conv":
+            self.x = self.call(self.before, kernels.features_last, self.x, site.strides)
             self.y = self.call(self.after, kernels.features_last, self.y, (1,) * positions)
-        weighing = [b for b in self.site.blocks if VARIANTS[b.variant].reads_weight]
-        replacing = [b for b in weighing if self.site.is_whole and not b.dropout]
+        weighing = [block for block in site.blocks if VARIANTS[block.variant].reads_weight]
+        replacing = [block for block in weighing if site.is_whole and not block.dropout]
         if replacing:
             self._replace_call(replacing)
-        for block in (block for block in self.site.blocks if block not in replacing):
+        for block in [block for block in site.blocks if block not in replacing]:
             self.block = block
             if block in weighing:
-                self._add_beside(block)
+                x, weight, parameter = self._input(block), self.weight, self._parameter(block)
+                self.y = self.call(self.after, kernels.add_bat, self.y, x, weight, parameter)
             else:
                 self._add_summed(block)
-        if convolution:
+        if site.layout == "conv":
             self.y = self.call(self.after, kernels.features_first, self.y, positions)
         return self.y
 
     def call(self, anchor: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
         """A call of `function` before `anchor`."""
-        with self.graph.inserting_before(anchor):
-            return self._mark(self.graph.call_function(function, args))
+        return self._create(anchor, "call_function", function, *args)
 
     def columns(self, start: int, stop: int) -> fx.Node:
         """The outputs `start` to `stop` of the call."""
@@ -144,13 +136,10 @@ class _Rewrite:
         """The node stays where it is and keeps its name, so that what was said of it holds."""
         site, node = self.site, self.site.node
         self.block = blocks[0]
-        weight, parameters = self._weight(), [self._parameter(block) for block in blocks]
+        weight, parameters = self.weight, [self._parameter(block) for block in blocks]
         rounds = all(block.round_weight for block in blocks)
         node.op, node.target, node.kwargs = "call_function", kernels.bat_linear, {}
         node.args = (site.x, weight, site.added, parameters, rounds)
-
-    def _add_beside(self, block: Block) -> None:
-        self.y = self.call(self.after, kernels.add_bat, self.y, self._input(block), self._weight(), self._parameter(block))
 
     def _add_summed(self, block: Block) -> None:
         """Add the update of a block to the output.
@@ -158,30 +147,22 @@ class _Rewrite:
         The shards are summed in front of the base product: there `x` is still in the cache, and Inductor, which makes a
         kernel of what stands between two products, sums them where `x` is made.
         """
-        site, before = self.site, self.site.node
-        in_features, out_features = site.in_features, site.out_features
+        in_features, out_features = self.site.in_features, self.site.out_features
         shape = VARIANTS[block.variant].block_shape(block.r, block.mini_r, in_features, out_features)
         for_product = () if shape[1] != out_features else (True,)
-        summed = self.call(before, kernels.sum_shards, self._input(block), block.r, *for_product)
+        summed = self.call(self.before, kernels.sum_shards, self._input(block), block.r, *for_product)
         terms = -(-in_features // block.r)
         self.y = self.call(self.after, kernels.add_update, self.y, summed, self._parameter(block), terms)
 
     def _input(self, block: Block) -> fx.Node:
         if not block.dropout:
             return self.x
-        with self.graph.inserting_before(self.site.node):
-            self.graph.owning_module = None  # which would warn of an attribute that is no tensor
-            training = self._mark(self.graph.get_attr("training"))
-        return self.call(self.site.node, kernels.dropout, self.x, block.dropout, training)
+        training = self._create(self.before, "get_attr", "training")
+        return self.call(self.before, kernels.dropout, self.x, block.dropout, training)
 
-    def _weight(self) -> fx.Node:
+    @functools.cached_property
+    def weight(self) -> fx.Node:
         """The base weight as `(out, in)`."""
-        if self.base_weight is None:
-            with self.graph.inserting_before(self.site.node):
-                self.base_weight = self._oriented_weight()
-        return self.base_weight
-
-    def _oriented_weight(self) -> fx.Node:
         site, weight = self.site, self.site.weight
         if site.path is None:
             assert self.block is not None
@@ -190,18 +171,19 @@ class _Rewrite:
                 f"{self.block.variant} needs the weight itself. Use init_weights=True or 'mini', or exclude the module."
             )
         if weight is None:
-            weight = self._mark(self.graph.get_attr(site.path.parameter))
+            weight = self._create(self.before, "get_attr", site.path.parameter)
         if site.layout == "in_out":
-            return self._mark(self.graph.call_method("t", (weight,)))
+            return self._create(self.before, "call_method", "t", weight)
         if site.layout == "conv":
-            return self._mark(self.graph.call_method("flatten", (weight, 1)))
+            return self._create(self.before, "call_method", "flatten", weight, 1)
         if site.columns is not None:
-            return self._mark(self.graph.call_function(operator.getitem, (weight, slice(*site.columns[:2]))))
+            return self.call(self.before, operator.getitem, weight, slice(*site.columns[:2]))
         return weight
 
     def _parameter(self, block: Block) -> fx.Node:
-        with self.graph.inserting_before(self.site.node):
-            return self._mark(self.graph.get_attr(join(self.site.owner, block.parameter)))
+        return self._create(self.before, "get_attr", join(self.site.owner, block.parameter))
 
-    def _mark(self, node: fx.Node) -> fx.Node:
+    def _create(self, anchor: fx.Node, op: str, target: fx.node.Target, *args: Any) -> fx.Node:
+        with self.scope.graph.inserting_before(anchor):
+            node = self.scope.graph.create_node(op, target, args)
         return _tag(node, self.site, **({"adapter": self.block.adapter} if self.block else {}))

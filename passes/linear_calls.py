@@ -51,11 +51,11 @@ def match_linear(node: fx.Node) -> LinearCall | None:
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target in _LINEAR:
-        return _call(node, ("input", "weight"), "out_in", added=operand(node, 2, "bias"))
+        return _call(operand(node, 0, "input"), operand(node, 1, "weight"), "out_in", operand(node, 2, "bias"))
     if node.target in _MATMUL:
-        return _call(node, ("input", "mat2" if "mat2" in node.kwargs else "other"), "in_out")
+        return _call(operand(node, 0, "input"), operand(node, 1, "mat2" if "mat2" in node.kwargs else "other"), "in_out")
     if node.target in _ADDMM and not {"beta", "alpha"} & set(node.kwargs):
-        return _call(node, ("mat1", "mat2"), "in_out", 1, operand(node, 0, "input"))
+        return _call(operand(node, 1, "mat1"), operand(node, 2, "mat2"), "in_out", operand(node, 0, "input"))
     if node.target in _EINSUM:
         return _match_einsum(node)
     if node.target in _CONV or (node.target in _CONVOLUTION and operand(node, 6, "transposed") is False):
@@ -87,11 +87,9 @@ def target_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
-def _call(node: fx.Node, keywords: tuple[str, str], layout: Layout, first: int = 0, added: Any = None) -> LinearCall | None:
-    x, weight = (operand(node, first + offset, keyword) for offset, keyword in enumerate(keywords))
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
-        return None
-    return LinearCall(x, weight, layout, added)
+def _call(x: Any, weight: Any, layout: Layout, added: Any = None, strides: tuple[int, ...] = ()) -> LinearCall | None:
+    both = isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    return LinearCall(x, weight, layout, added, strides) if both else None
 
 
 def _match_einsum(node: fx.Node) -> LinearCall | None:
@@ -101,24 +99,22 @@ def _match_einsum(node: fx.Node) -> LinearCall | None:
         return None
     terms, result = equation.replace(" ", "").replace("...", "…").split("->")
     letters = terms.split(",")
-    for x_at, w_at in ((0, 1), (1, 0)):
-        x, w = letters[x_at], letters[w_at]
-        both = isinstance(tensors[x_at], fx.Node) and isinstance(tensors[w_at], fx.Node)
-        repeated = len(set(x)) != len(x) or len(set(w)) != len(w)  # a diagonal
-        if not both or repeated or len(w) != 2 or not x or x[-1] not in w or "…" in w:
+    for x_at, weight_at in ((0, 1), (1, 0)):
+        x, weight = letters[x_at], letters[weight_at]
+        repeated = len(set(x)) != len(x) or len(set(weight)) != len(weight)  # a diagonal
+        if repeated or len(weight) != 2 or "…" in weight or not x or x[-1] not in weight:
             continue
-        out = w.replace(x[-1], "")
-        if len(out) == 1 and result == x[:-1] + out and out not in x:
-            return LinearCall(tensors[x_at], tensors[w_at], "out_in" if w[1] == x[-1] else "in_out")
+        out = weight.replace(x[-1], "")
+        if result == x[:-1] + out and out not in x:
+            return _call(tensors[x_at], tensors[weight_at], "out_in" if weight[1] == x[-1] else "in_out")
     return None
 
 
 def _match_conv(node: fx.Node) -> LinearCall | None:
-    x, weight, bias = operand(node, 0, "input"), operand(node, 1, "weight"), operand(node, 2, "bias")
     stride, padding = operand(node, 3, "stride"), operand(node, 4, "padding")
-    groups = operand(node, 8 if node.target in _CONVOLUTION else 6, "groups")
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or groups not in (None, 1):
+    if operand(node, 8 if node.target in _CONVOLUTION else 6, "groups") not in (None, 1):
         return None
     if padding not in (None, "valid", "same") and any(p != 0 for p in as_tuple(padding)):  # "same" adds none to a 1×1 kernel
         return None
-    return LinearCall(x, weight, "conv", bias, as_tuple(stride if stride is not None else 1))
+    strides = as_tuple(stride if stride is not None else 1)
+    return _call(operand(node, 0, "input"), operand(node, 1, "weight"), "conv", operand(node, 2, "bias"), strides)

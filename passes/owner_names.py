@@ -6,6 +6,8 @@ import re
 
 from torch import fx
 
+from misscompile.record.walk import join
+
 PROJECTIONS = ("q", "k", "v")
 """The parts of `in_proj_weight` of `nn.MultiheadAttention`, in the order of its rows."""
 
@@ -19,7 +21,7 @@ def owner_name(node: fx.Node, target: str) -> str | None:
     module, _, name = target.rpartition(".")
     name, mark, call = name.partition("#")  # a weight that a merge gave to one call
     if name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        owner = f"{module}.{name[0]}" if module else name[0]
+        owner = join(module, name[0])
     else:
         owner = module if name == "weight" else target.removesuffix(mark + call)
     return owner + mark + call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 from misscompile.passes.linear_calls import LinearCall, match_linear, target_name
 from misscompile.passes.owner_names import PROJECTIONS, owner_name, stack_name
-from misscompile.passes.weight_paths import WeightError, trace_weight, view_shape
+from misscompile.passes.weight_paths import WeightError, trace_weight, weight_view
 from misscompile.record.words import Refusal, Scope
 
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ def refuse_operands(scope: Scope, node: fx.Node, dimensions: int | None, reason:
             path = trace_weight(source, scope.root)
         except WeightError:
             continue
-        size = len(view_shape(scope.root, path))
+        size = len(weight_view(scope.root, path).shape)
         if size == dimensions or (dimensions is None and size > 1):
             name = owner_name(node, path.parameter) or path.parameter
             module = name.removesuffix("in_proj_weight")
@@ -72,14 +73,9 @@ def mutated_parameters(scope: Scope) -> dict[str, str]:
     """The targets of parameters that the graph writes, each with the node that does."""
     found = {}
     for node in scope.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            found.update(_mutated_inside(scope, node))
-        if _is_in_place(node) and isinstance(node.args[0], fx.Node):
-            try:
-                path = trace_weight(node.args[0], scope.root)
-            except WeightError:
-                continue
-            found[path.parameter] = node.name
+        for writer, written in _writes(scope, node).items():
+            with contextlib.suppress(WeightError):
+                found[trace_weight(written, scope.root).parameter] = writer
     return found
 
 
@@ -111,20 +107,25 @@ def gradient_stop(node: fx.Node) -> str | None:
     return f"{stops[0].name!r} ({stops[0].target})" if stops else "the end of the graph, which does not use it"
 
 
-def _mutated_inside(scope: Scope, node: fx.Node) -> dict[str, str]:
-    """What the sub-graph of a higher-order operator writes: one that turns gradients off around an update, for example."""
+def _writes(scope: Scope, node: fx.Node) -> dict[str, fx.Node]:
+    """What `node`, or the sub-graph that it runs, changes in place: the name of each node that does, and the node changed.
+
+    An operator with a sub-graph turns gradients off around an update, for example.
+    """
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return {node.name: node.args[0]} if _is_in_place(node) and isinstance(node.args[0], fx.Node) else {}
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    graph = next((arg for arg in operands if isinstance(getattr(scope.root, str(arg.target), None), fx.GraphModule)), None)
-    if graph is None:
-        return {}
-    inner = getattr(scope.root, str(graph.target)).graph
-    given = operands[operands.index(graph) + 1 :]
-    inputs = dict(zip((n for n in inner.nodes if n.op == "placeholder"), given, strict=False))
-    return {
-        str(inputs[write.args[0]].target): write.name
-        for write in inner.nodes
-        if _is_in_place(write) and write.args[0] in inputs
-    }
+    for index, operand in enumerate(operands):
+        inner = getattr(scope.root, str(operand.target), None)
+        if isinstance(inner, fx.GraphModule):
+            placeholders = inner.graph.find_nodes(op="placeholder")
+            given = dict(zip(placeholders, operands[index + 1 :], strict=False))
+            return {
+                write.name: given[write.args[0]]
+                for write in inner.graph.nodes
+                if _is_in_place(write) and write.args[0] in given
+            }
+    return {}
 
 
 def _is_in_place(node: fx.Node) -> bool:

@@ -54,24 +54,20 @@ class PassReport:
 
 
 def run_passes(passes: Sequence[Pass], scope: Scope) -> list[PassReport]:
-    """Run `passes` over `scope` in their order and lint the graph after each.
-
-    Each is told at DEBUG: time, matches, operations added and removed, and the graph where it changed.
-    """
+    """Run `passes` over `scope` in their order, lint the graph after each, and log each at DEBUG."""
     reports = []
     for scope_pass in passes:
-        before, start = _operations(scope.graph), time.perf_counter()
+        name, before, start = scope_pass.__name__, _operations(scope.graph), time.perf_counter()
         matches = scope_pass(scope)
         seconds = time.perf_counter() - start
         scope.graph.lint()
         after = _operations(scope.graph)
         changed = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
-        reports.append(PassReport(scope_pass.__name__, seconds, matches, changed))
+        reports.append(PassReport(name, seconds, matches, changed))
         if logger.isEnabledFor(logging.DEBUG):
             diff = ", ".join(f"{count:+d} {op}" for op, count in changed.items()) or "no change"
             code = f"\n{scope.graph}" if changed else ""
-            name, milliseconds = scope_pass.__name__, 1e3 * seconds
-            logger.debug("%s after %s: %d matches, %.2f ms, %s%s", scope.label, name, matches, milliseconds, diff, code)
+            logger.debug("%s after %s: %d matches, %.2f ms, %s%s", scope.label, name, matches, 1e3 * seconds, diff, code)
     return reports
 
 

@@ -7,8 +7,6 @@ and a return, calls of torch functions on values that depend on the input, of th
 from __future__ import annotations
 
 import ast
-import builtins
-import contextlib
 import functools
 import inspect
 import textwrap
@@ -18,6 +16,9 @@ from typing import Any
 from torch import nn
 
 Chain = tuple[str, ...]
+
+_STRUCTURE = ("weight", "bias", "in_features", "out_features", "nx", "nf", "parametrizations", "forward")
+"""What a forward may read of its module beside parameters and children: modules that share a graph have it in common."""
 
 _STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr, ast.Pass)
 _BRANCHES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.NamedExpr, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -45,9 +46,8 @@ def attribute_chain(node: ast.AST) -> tuple[str, Chain] | None:
 def tracing_hazard(base_class: type[nn.Module], owner: nn.Module) -> str | None:
     """What in the forward of `base_class` a trace of it would freeze or lose, as a clause; None where nothing is.
 
-    Args:
-        base_class: a linear's class; forwards of torch itself and of transformers' `Conv1D` are known to be traceable.
-        owner: an instance, whose parameters and children the source may name.
+    The source may name the parameters and children of `owner`. The forwards of `nn.Linear` and of transformers' `Conv1D`
+    are known to be traceable.
     """
     for kind in base_class.__mro__:
         forward = vars(kind).get("forward")
@@ -70,20 +70,22 @@ class _StraightLine:
     """Walks one forward; `hazard` says the first thing that keeps it from being straight-line."""
 
     def __init__(self, tree: ast.FunctionDef, function: Any, owner: nn.Module) -> None:
-        self.globals = {**vars(builtins), **function.__globals__, **_closure(function)}
+        found = inspect.getclosurevars(function)
+        self.globals = {**found.builtins, **found.globals, **found.nonlocals}
         self.owner = owner
         self.calls_super = False
-        arguments = tree.args
-        names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-        self.locals = {argument.arg for argument in names if argument is not None}
-        self.receiver = (arguments.posonlyargs + arguments.args)[0].arg if arguments.posonlyargs + arguments.args else ""
-        self.hazard = next(self._hazards(tree), None)
+        arguments = [node.arg for node in ast.walk(tree.args) if isinstance(node, ast.arg)]
+        self.locals = set(arguments)
+        self.receiver = arguments[0] if arguments else ""
+        self.hazard = next(self._hazards(tree.body), None)
 
-    def _hazards(self, tree: ast.FunctionDef) -> Iterator[str]:
-        for statement in self._statements(tree.body):
+    def _hazards(self, body: list[ast.stmt]) -> Iterator[str]:
+        for statement in body:
+            if isinstance(statement, ast.If) and self._asks_for_parameter(statement.test):
+                yield from self._hazards([*statement.body, *statement.orelse])
+                continue
             if not isinstance(statement, _STATEMENTS):
                 yield f"has the statement `{type(statement).__name__.lower()}`"
-                continue
             targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
             for target in targets:
                 yield from self._assigned(target)
@@ -91,18 +93,12 @@ class _StraightLine:
             if value is not None:
                 yield from self._expression(value)
 
-    def _statements(self, body: list[ast.stmt]) -> Iterator[ast.stmt]:
-        """The statements of a body, those under `if self.<parameter> is None` too: a structure has that parameter or not."""
-        for statement in body:
-            if isinstance(statement, ast.If) and self._asks_for_parameter(statement.test):
-                yield from self._statements([*statement.body, *statement.orelse])
-            else:
-                yield statement
-
     def _asks_for_parameter(self, test: ast.expr) -> bool:
-        found = attribute_chain(test.left) if isinstance(test, ast.Compare) else None
-        asked = isinstance(test, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in test.ops)
-        return asked and found is not None and found[0] == self.receiver and found[1][0] in self.owner._parameters
+        """Whether a condition is `self.<parameter> is None`: modules that share a graph all have that parameter or none."""
+        if not isinstance(test, ast.Compare) or not all(isinstance(op, (ast.Is, ast.IsNot)) for op in test.ops):
+            return False
+        found = attribute_chain(test.left)
+        return found is not None and found[0] == self.receiver and found[1][0] in self.owner._parameters
 
     def _assigned(self, target: ast.AST | None) -> Iterator[str]:
         if isinstance(target, ast.Tuple):
@@ -123,58 +119,41 @@ class _StraightLine:
                 yield from self._read(node)
 
     def _read(self, node: ast.Attribute) -> Iterator[str]:
-        found = attribute_chain(node)
-        if found is None or found[0] != self.receiver:
+        root, chain = attribute_chain(node) or ("", ())
+        if root != self.receiver or not chain or chain[0] in self.owner._parameters or chain[0] in _STRUCTURE:
             return
-        name = found[1][0]
-        known = name in self.owner._parameters or name in (
-            "weight",
-            "bias",
-            "in_features",
-            "out_features",
-            "nx",
-            "nf",
-            "parametrizations",
-        )
-        if not known and not (name in self.owner._modules and len(found[1]) == 1) and name != "forward":
-            yield f"reads self.{'.'.join(found[1])}"
+        if len(chain) > 1 or chain[0] not in self.owner._modules:
+            yield f"reads self.{'.'.join(chain)}"
 
     def _call(self, node: ast.Call) -> Iterator[str]:
-        if isinstance(node.func, ast.Name) and node.func.id == "super":
+        function = node.func
+        if is_super(node):
             return
-        if isinstance(node.func, ast.Attribute) and is_super(node.func.value):
+        if isinstance(function, ast.Attribute) and is_super(function.value):
             self.calls_super = True
-            if node.func.attr != "forward":
-                yield f"calls super().{node.func.attr}"
+            if function.attr != "forward":
+                yield f"calls super().{function.attr}"
             return
-        found = attribute_chain(node.func)
-        if found is None and not isinstance(node.func, ast.Attribute):
-            yield f"calls {ast.unparse(node.func)}"
-            return
-        if found is None or (found[0] in self.locals and found[0] != self.receiver):
-            return  # a method of a value that was computed here
-        root, chain = found
-        if root == self.receiver:
-            if not (len(chain) == 1 and chain[0] in self.owner._modules) and chain[0] not in self.owner._parameters:
-                yield f"calls self.{'.'.join(chain)}"
-            return
+        found = attribute_chain(function)
+        if found is None:
+            if not isinstance(function, ast.Attribute):  # an attribute is a method of a value that was computed here
+                yield f"calls {ast.unparse(function)}"
+        elif found[0] == self.receiver:
+            name, *rest = found[1]
+            if name not in self.owner._parameters and (rest or name not in self.owner._modules):
+                yield f"calls self.{'.'.join(found[1])}"
+        elif found[0] not in self.locals and not self._is_torch_on_locals(node, *found):
+            yield f"calls {ast.unparse(function)}"
+
+    def _is_torch_on_locals(self, node: ast.Call, root: str, chain: Chain) -> bool:
         function = self.globals.get(root)
         for name in chain:
             function = getattr(function, name, None)
         arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
         given = {name.id for argument in arguments for name in ast.walk(argument) if isinstance(name, ast.Name)}
-        if not str(getattr(function, "__module__", "") or "").startswith("torch") or not given & self.locals:
-            yield f"calls {ast.unparse(node.func)}"
+        return str(getattr(function, "__module__", "") or "").startswith("torch") and bool(given & self.locals)
 
 
 def is_super(node: ast.AST) -> bool:
     """Whether a node is the call `super()`."""
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
-
-
-def _closure(function: Any) -> dict[str, Any]:
-    found = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # a cell that is not filled yet
-            found[name] = cell.cell_contents
-    return found

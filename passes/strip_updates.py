@@ -9,12 +9,15 @@ gives them to every operation that it makes of a node, and keeps them on disk.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from misscompile.passes.insert_updates import TAG
 from misscompile.passes.linear_calls import match_linear
 from misscompile.passes.weight_paths import WeightError, passes_weight, trace_weight
+from misscompile.record.walk import join
 from misscompile.record.words import Block, Scope
 
 aten = torch.ops.aten
@@ -32,11 +35,7 @@ def tagged_blocks(graph: fx.Graph) -> dict[tuple[str, str], Block]:
 
 
 def restore_weights(scope: Scope) -> int:
-    """Give each call that takes `W + ΔW` in one product its weight back.
-
-    Returns:
-        The number of such calls.
-    """
+    """Give each call that takes `W + ΔW` in one product its weight back; returns how many such calls there are."""
     count = 0
     for node in scope.graph.nodes:
         call = match_linear(node) if _tag(node) else None
@@ -57,16 +56,12 @@ def restore_weights(scope: Scope) -> int:
 
 
 def strip_updates(scope: Scope) -> int:
-    """Let what read the result of an update read the output of the call, and remove the update.
-
-    Returns:
-        The number of calls.
-    """
+    """Let what read the result of an update read the output of the call, and remove the update; returns how many calls."""
     regions: dict[str, list[fx.Node]] = {}
     for node in scope.graph.nodes:
         if tag := _tag(node):
             regions.setdefault(tag["call"], []).append(node)
-    blocks = {f"{owner}.{b.parameter}" if owner else b.parameter for (owner, _), b in tagged_blocks(scope.graph).items()}
+    blocks = {join(owner, block.parameter) for (owner, _), block in tagged_blocks(scope.graph).items()}
     calls = {site.node for site in scope.sites}
     for region in regions.values():
         inside = set(region)
@@ -84,9 +79,8 @@ def strip_updates(scope: Scope) -> int:
     return len(regions)
 
 
-def _tag(node: fx.Node) -> dict[str, object] | dict[str, list[dict[str, object]]]:
-    tag: dict[str, object] = (node.meta.get("custom") or {}).get(TAG) or {}
-    return tag
+def _tag(node: fx.Node) -> dict[str, Any]:
+    return (node.meta.get("custom") or {}).get(TAG) or {}
 
 
 def _output_like(call: fx.Node, end: fx.Node) -> fx.Node | None:
@@ -106,6 +100,5 @@ def _erase_unread(graph: fx.Graph, region: list[fx.Node]) -> None:
     """Remove the nodes of a region that nothing reads any more, and the checks that an export put on them."""
     for node in reversed(region):
         if all(user.target is _CHECK for user in node.users):
-            for user in list(node.users):
-                graph.erase_node(user)
-            graph.erase_node(node)
+            for unread in [*node.users, node]:
+                graph.erase_node(unread)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ BASE_FORWARD = "miss_base_forward"
 """Name under which an opaque forward stays callable on its owner."""
 
 Shape = tuple[int, int]
+"""`(in_features, out_features)`."""
 
 
 class _OwnerTracer(fx.Tracer):
@@ -46,52 +47,39 @@ class _OwnerTracer(fx.Tracer):
 def trace_owner(
     owner: nn.Module, base_class: type[nn.Module], shape: Shape, foreign: Callable[..., Any] | None = None
 ) -> Scope:
-    """The scope of the forward that `base_class` defines, or of one opaque call of it.
+    """The scope of the forward that `base_class`, the owner's class without adapters, defines, or of one opaque call of it.
 
-    Args:
-        owner: a linear module, adapted or not; it is not changed.
-        base_class: its class without adapters.
-        shape: its `(in_features, out_features)`.
-        foreign: a forward that somebody else set on the owner's instance and that replaces the class's.
+    `foreign` is a forward that somebody else set on the owner's instance: it replaces the class's.
     """
-    if foreign is not None:
-        return opaque_scope(owner, base_class, shape, foreign, "its instance attribute `forward` was set by other code")
-    graph = _trace(base_class, owner)
+    graph = _trace(owner, base_class, foreign)
     if isinstance(graph, str):
-        return opaque_scope(owner, base_class, shape, None, graph)
+        return opaque_scope(owner, base_class, shape, foreign, graph)
     return Scope(_without_values(owner, shape), graph, base_class.__name__, shape)
 
 
 def opaque_scope(
     owner: nn.Module, base_class: type[nn.Module], shape: Shape, foreign: Callable[..., Any] | None, reason: str
 ) -> Scope:
-    """A scope whose forward stays one node: `y = call_opaque(self.miss_base_forward, out_features, x, args, kwargs)`."""
-    graph = _opaque_graph(foreign or functools.partial(base_class.forward, owner), shape[1])
+    """A scope whose forward stays one node, called with whatever arguments it is given beside its input."""
+    parameters = inspect.signature(foreign or functools.partial(base_class.forward, owner)).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    graph = fx.Graph()
+    x = graph.placeholder(named[0] if named else "input")
+    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
+    base = graph.get_attr(BASE_FORWARD)
+    graph.output(graph.call_function(call_opaque, (base, shape[1], x, args, kwargs)))
     return Scope(_without_values(owner, shape), graph, base_class.__name__, shape, reason)
 
 
 def call_opaque(
     forward: Callable[..., Any], out_features: int, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """`forward(x, *args, **kwargs)`, which should return what a linear returns.
-
-    Raises:
-        UnsupportedModuleError: see `require_linear_output`.
-    """
+    """`forward(x, *args, **kwargs)`; an error where it returns something that no update can be added to."""
     owner = getattr(forward, "__self__", None)
-    return require_linear_output(
-        forward(x, *args, **kwargs), out_features, type(owner).__name__ if owner is not None else "module"
-    )
-
-
-def require_linear_output(y: Any, out_features: int, kind: str = "module") -> torch.Tensor:
-    """`y` where an opaque forward returned what a linear returns.
-
-    Raises:
-        UnsupportedModuleError: it returned something that no update can be added to.
-    """
+    y = forward(x, *args, **kwargs)
     if isinstance(y, torch.Tensor) and y.dim() > 0 and y.shape[-1] == out_features:
         return y
+    kind = type(owner).__name__ if owner is not None else "module"
     found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
     raise UnsupportedModuleError(
         f"an adapted {kind} should return a tensor whose last dimension is {out_features}, found {found}: exclude it from "
@@ -99,25 +87,25 @@ def require_linear_output(y: Any, out_features: int, kind: str = "module") -> to
     )
 
 
-def probe_opaque(owner: nn.Module, base_class: type[nn.Module], shape: tuple[int, int]) -> str | None:
+def probe_opaque(owner: nn.Module, base_class: type[nn.Module], shape: Shape) -> str | None:
     """Why an opaque forward is no linear, or None where it is one or cannot be tried.
 
     The forward runs once on fake tensors, on a second module over the same parameters: nothing is computed or changed.
     """
-    in_features, out_features = shape
     try:
         inspect.signature(base_class.forward).bind(owner, None)
     except TypeError as error:
         return f"its forward is not a function of one input ({error})"
     like = next(iter(owner.parameters()), torch.empty(0))
     dtype = like.dtype if like.is_floating_point() else torch.float32
+    shadow = _shadow(base_class, owner)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            fakes = {name: None if p is None else mode.from_tensor(p) for name, p in owner._parameters.items()}
-            shadow = _shadow(base_class, owner, fakes)
-            shadow.__dict__["_buffers"] = {n: None if b is None else mode.from_tensor(b) for n, b in owner._buffers.items()}
-            x = torch.empty(2, in_features, dtype=dtype, device=like.device)
-            call_opaque(functools.partial(base_class.forward, shadow), out_features, x, (), {})
+            registries: list[dict[str, Any]] = [shadow._parameters, shadow._buffers]
+            for held in registries:
+                held.update({name: None if tensor is None else mode.from_tensor(tensor) for name, tensor in held.items()})
+            x = torch.empty(2, shape[0], dtype=dtype, device=like.device)
+            call_opaque(functools.partial(base_class.forward, shadow), shape[1], x, (), {})
     except UnsupportedModuleError as error:
         return str(error)
     except Exception:  # noqa: BLE001 - it may look at values, or call a kernel that knows no fake tensors: the run will show
@@ -125,18 +113,19 @@ def probe_opaque(owner: nn.Module, base_class: type[nn.Module], shape: tuple[int
     return None
 
 
-def _trace(base_class: type[nn.Module], owner: nn.Module) -> fx.Graph | str:
+def _trace(owner: nn.Module, base_class: type[nn.Module], foreign: Callable[..., Any] | None) -> fx.Graph | str:
     """The graph of a forward, or why it cannot be traced."""
+    if foreign is not None:
+        return "its instance attribute `forward` was set by other code"
     hazard = tracing_hazard(base_class, owner)
     if hazard is not None:
         return hazard
     try:
-        graph = _OwnerTracer().trace(_shadow(base_class, owner, owner._parameters))
+        graph = _OwnerTracer().trace(_shadow(base_class, owner))
     except Exception as error:  # noqa: BLE001 - a tracer runs arbitrary code: whatever it raises means "cannot be traced"
         return f"its forward cannot be traced ({type(error).__name__})"
     own = (*owner._parameters, *owner._buffers)
-    constants = [node.target for node in graph.nodes if node.op == "get_attr" and node.target not in own]
-    if constants:
+    if any(node.op == "get_attr" and node.target not in own for node in graph.nodes):
         return "its forward makes a tensor, which a trace would freeze"
     graph.owning_module = None
     return graph
@@ -154,24 +143,10 @@ def _without_values(owner: nn.Module, shape: Shape) -> nn.Module:
     return root
 
 
-def _shadow(base_class: type[nn.Module], owner: nn.Module, parameters: Mapping[str, Any]) -> nn.Module:
-    """A second module of `base_class` with the attributes of `owner`, so that a trace can change nothing of the owner."""
+def _shadow(base_class: type[nn.Module], owner: nn.Module) -> nn.Module:
+    """A second module with the attributes of `owner`, so that running its forward changes nothing of the owner."""
     shadow: nn.Module = object.__new__(base_class)
-    shadow.__dict__.update({key: value for key, value in vars(owner).items() if key not in ("forward", "_old_forward")})
-    shadow.__dict__["_parameters"] = dict(parameters)
     for name, value in vars(owner).items():
-        if isinstance(value, (list, dict, set)) and name not in ("_modules", "_parameters", "_buffers"):
-            shadow.__dict__[name] = copy.copy(value)
+        if name not in ("forward", "_old_forward"):
+            vars(shadow)[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
     return shadow
-
-
-def _opaque_graph(forward: Callable[..., Any], out_features: int) -> fx.Graph:
-    """One call of the forward that stays opaque, with whatever arguments it is given beside its input."""
-    parameters = list(inspect.signature(forward).parameters.values())
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    graph = fx.Graph()
-    x = graph.placeholder(named[0] if named else "input")
-    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
-    base = graph.get_attr(BASE_FORWARD)
-    graph.output(graph.call_function(call_opaque, (base, out_features, x, args, kwargs)))
-    return graph

@@ -16,11 +16,7 @@ def call_name(name: str, call: int) -> str:
 
 
 def unshare_weights(scope: Scope) -> int:
-    """Let each site that has a `call` read the parameter, or call the module, of that call's name.
-
-    Returns:
-        The number of calls that were changed.
-    """
+    """Let each site with a `call` read the parameter, or call the module, of that call's name; returns how many calls."""
     sites = {site.node: site for site in scope.sites if site.call is not None}  # q, k and v may be parts of one call
     for node, site in sites.items():
         assert site.call is not None
@@ -42,19 +38,14 @@ def unshare_weights(scope: Scope) -> int:
 
 
 def drop_unread(scope: Scope) -> int:
-    """Remove the reads of the weights that were unshared, and their views, where no call reads them any more.
-
-    Returns:
-        The number of nodes that were removed.
-    """
+    """Remove the reads of the unshared weights, and their views, that no call reads any more; returns how many nodes."""
     unshared = {site.path.parameter for site in scope.sites if site.call is not None and site.path is not None}
-    views = {node for node in scope.graph.nodes if node.op == "get_attr" and node.target in unshared}
-    for node in scope.graph.nodes:
-        if passes_weight(node) and node.all_input_nodes[0] in views:
-            views.add(node)
-    dropped = 0
-    for node in reversed(list(scope.graph.nodes)):
-        if node in views and not node.users:
+    views = [node for node in scope.graph.nodes if node.op == "get_attr" and node.target in unshared]
+    for view in views:
+        views += [user for user in view.users if passes_weight(user) and user.all_input_nodes[0] is view]
+    unread = 0
+    for node in reversed(views):
+        if not node.users:
             scope.graph.erase_node(node)
-            dropped += 1
-    return dropped
+            unread += 1
+    return unread

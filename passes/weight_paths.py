@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from misscompile.passes.linear_calls import operand, target_name
+from misscompile.passes.linear_calls import as_tuple, operand, target_name
 from misscompile.record.words import Step, WeightPath
 
 aten = torch.ops.aten
@@ -67,11 +67,11 @@ def apply_steps(parameter: Tensor, steps: Sequence[Step]) -> Tensor:
     return view
 
 
-def view_shape(root: nn.Module, path: WeightPath) -> torch.Size:
-    """The shape of the operand that a path leads to."""
+def weight_view(root: nn.Module, path: WeightPath) -> Tensor:
+    """The operand that a path leads to, without its values."""
     parameter = find_parameter(root, path.parameter)
     assert parameter is not None
-    return apply_steps(_without_values(parameter), path.steps).shape
+    return apply_steps(parameter.detach().to("meta"), path.steps)
 
 
 def overlap(weight: Tensor, steps: Sequence[Step], others: Sequence[Step]) -> bool:
@@ -84,44 +84,39 @@ def overlap(weight: Tensor, steps: Sequence[Step], others: Sequence[Step]) -> bo
 
 
 def trace_weight(weight: fx.Node, root: nn.Module) -> WeightPath:
-    """The parameter of `root` behind a weight operand, and the views between the two.
-
-    Raises:
-        WeightError: it is computed from something, or it is no parameter.
-    """
-    if weight.op == "call_module" and str(weight.target).startswith(_PARAMETRIZATION):
-        return WeightPath(str(weight.target).removeprefix(_PARAMETRIZATION), ())
+    """The parameter of `root` behind a weight operand, and the views between the two; else a `WeightError`."""
+    target = str(weight.target)
+    if weight.op == "call_module" and target.startswith(_PARAMETRIZATION):
+        return WeightPath(target.removeprefix(_PARAMETRIZATION), ())
     if weight.op == "get_attr":
-        found = find_parameter(root, str(weight.target))
+        found = find_parameter(root, target)
         if not isinstance(found, nn.Parameter):
             kind = "a buffer or a constant" if isinstance(found, Tensor) else "no tensor of the graph module"
-            raise WeightError(f"its weight {weight.target!r} is {kind}, not a parameter")
-        return WeightPath(str(weight.target), ())
+            raise WeightError(f"its weight {target!r} is {kind}, not a parameter")
+        return WeightPath(target, ())
     if weight.op == "placeholder":
         raise WeightError(
-            f"its weight is the input {weight.target!r} of the graph, not a parameter of it (of an exported program, adapt "
+            f"its weight is the input {target!r} of the graph, not a parameter of it (of an exported program, adapt "
             "the program itself or its module())"
         )
-    step, source = _step(weight)
+    kind, source = _kind(weight)
     if source is None:
         raise WeightError(f"its weight is computed by {_label(weight)}, so that a block could not be merged into it")
     path = trace_weight(source, root)
-    if step is None:
+    if kind == "cast":
         return path
-    parameter = find_parameter(root, path.parameter)
-    assert parameter is not None
-    current = apply_steps(_without_values(parameter), path.steps)
-    taken = _concrete(weight, step, current)
+    current = weight_view(root, path)
+    step = _step(weight, kind, current)
     try:
-        apply_steps(current, (taken,))
+        apply_steps(current, (step,))
     except RuntimeError as error:
         raise WeightError(f"its weight is no view of the parameter {path.parameter!r} ({error})") from error
-    return WeightPath(path.parameter, (*path.steps, taken))
+    return WeightPath(path.parameter, (*path.steps, step))
 
 
 def passes_weight(node: fx.Node) -> bool:
     """Whether `node` is a view, a part or a cast, of which `trace_weight` sees the source."""
-    return _step(node)[1] is not None or node.target in (*_SPLIT, *_CHUNK)
+    return _kind(node)[1] is not None or node.target in (*_SPLIT, *_CHUNK)
 
 
 def readers(source: fx.Node) -> Iterator[fx.Node]:
@@ -135,18 +130,14 @@ def readers(source: fx.Node) -> Iterator[fx.Node]:
                 yield user
 
 
-def _without_values(parameter: Tensor) -> Tensor:
-    return parameter.detach().to("meta")
-
-
-def _step(node: fx.Node) -> tuple[str | None, fx.Node | None]:
+def _kind(node: fx.Node) -> tuple[str, fx.Node | None]:
     """What one node does between a parameter and a call, and its source; None as source where it computes."""
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     target = node.target
     if node.op not in ("call_function", "call_method") or source is None:
-        return None, None
+        return "", None
     if target in _CAST or (target is getattr and node.args[1:] == ("data",)):
-        return None, source
+        return "cast", source
     if target in _VIEW:
         return "view", source
     swapped = target in _SWAP and {operand(node, 1, "dim0"), operand(node, 2, "dim1")}
@@ -160,22 +151,18 @@ def _step(node: fx.Node) -> tuple[str | None, fx.Node | None]:
         return "part", source.args[0] if isinstance(source.args[0], fx.Node) else None
     if target is operator.getitem and isinstance(node.args[1], slice):
         return "slice", source
-    return None, None
+    return "", None
 
 
-def _concrete(node: fx.Node, step: str, current: Tensor) -> Step:
-    """A step with its numbers, for a tensor of the shape of `current`.
-
-    Raises:
-        WeightError: the numbers are not known in the graph, or are not a view of rows.
-    """
-    if step == "t":
+def _step(node: fx.Node, kind: str, current: Tensor) -> Step:
+    """The step that a node takes from a view like `current`; a `WeightError` where the graph does not fix its numbers."""
+    if kind == "t":
         if current.dim() != 2:
             raise WeightError(f"its weight is transposed by {_label(node)} in more than two dimensions")
         return ("t",)
-    if step == "view":
+    if kind == "view":
         return ("view", *_result_shape(node, current))
-    if step == "slice":
+    if kind == "slice":
         sliced = node.args[1] if node.target is operator.getitem else slice(*node.args[2:4])
         assert isinstance(sliced, slice)
         if sliced.step not in (None, 1) or not all(isinstance(v, int | None) for v in (sliced.start, sliced.stop)):
@@ -184,10 +171,12 @@ def _concrete(node: fx.Node, step: str, current: Tensor) -> Step:
     split, index = node.args
     assert isinstance(split, fx.Node)
     assert isinstance(index, int)
-    sizes = operand(split, 1, "chunks" if split.target in _CHUNK else "split_size_or_sections")
     if operand(split, 2, "dim") not in (None, 0):
         raise WeightError(f"its weight is cut by {_label(split)} along its inputs")
-    parts = current.chunk(sizes) if split.target in _CHUNK else torch.split(current, sizes)
+    if split.target in _CHUNK:
+        parts = current.chunk(operand(split, 1, "chunks"))
+    else:
+        parts = torch.split(current, operand(split, 1, "split_size_or_sections"))
     start = sum(part.shape[0] for part in parts[:index])
     return ("rows", start, start + parts[index].shape[0])
 
@@ -197,14 +186,14 @@ def _result_shape(node: fx.Node, current: Tensor) -> tuple[int, ...]:
     if isinstance(value, Tensor):
         return tuple(int(size) for size in value.shape)
     method = getattr(current, target_name(node).split(".")[0], None)
-    if method is None or any(isinstance(a, fx.Node) for a in node.all_input_nodes[1:]):
+    if method is None or len(node.all_input_nodes) > 1:
         raise WeightError(f"its weight is viewed by {_label(node)} in a shape that the graph does not fix")
     return tuple(method(*node.args[1:], **node.kwargs).shape)
 
 
 def _dims(node: fx.Node) -> tuple[Any, ...]:
     rest = node.args[1:] or (node.kwargs.get("dims"),)
-    return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else tuple(rest)
+    return as_tuple(rest[0]) if len(rest) == 1 else rest
 
 
 def _label(node: fx.Node) -> str:

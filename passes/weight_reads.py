@@ -4,9 +4,9 @@
         def forward(self, x):
             return fused(x, self.out_proj.weight)        # out_proj.forward never runs: an adapter there has no effect
 
-The source of each class's forward, and of the methods and properties it uses, is searched for `<child>.weight`, where the
-child is reached from `self` by attributes, an index, a loop or a local name. Reads of metadata (`.dtype`, `.device`,
-`.shape`, `isinstance`) do not count.
+The source of each class's forward, and of the methods and properties it uses, is searched for `<child>.weight`. A child is
+reached from `self` by attributes, an index, a loop or a local name. Reads of metadata (`.dtype`, `.device`, `.shape`,
+`isinstance`) do not count.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import inspect
-import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -42,17 +40,14 @@ def find_read_weights(modules: Iterable[nn.Module]) -> dict[nn.Module, WeightRea
     A module of torch's own reads a weight in one mode and calls the child in the other. Both modes are used, so a child
     that is read there counts as not called. Which path a model's own code takes mostly depends on a setting or a kernel.
     """
-    parents = [(parent, type(parent)) for parent in modules]
-    reads = {kind: weight_uses(kind)[0] for kind in {kind for _, kind in parents} if _names_a_weight(kind)}  # type: ignore[arg-type]
     readers: dict[nn.Module, type[nn.Module]] = {}
-    for parent, kind in parents:  # of several readers, the last and nearest tells most
-        for path in reads.get(kind, ()):
-            readers.update(dict.fromkeys(_children(parent, path), kind))
-    if not readers:
-        return {}
     called: set[nn.Module] = set()
-    for parent, kind in parents:
-        called.update(child for path in weight_uses(kind)[1] for child in _children(parent, path))  # type: ignore[arg-type]
+    for parent in modules:  # of several readers, the last and nearest tells most
+        reads, calls = weight_uses(type(parent))  # type: ignore[arg-type]
+        for path in reads:
+            readers.update(dict.fromkeys(_children(parent, path), type(parent)))
+        for path in calls:
+            called.update(_children(parent, path))
     found = {}
     for child, kind in readers.items():
         reason = f"{kind.__name__} reads its weight directly, so that its own forward does not always run"
@@ -61,40 +56,12 @@ def find_read_weights(modules: Iterable[nn.Module]) -> dict[nn.Module, WeightRea
 
 
 @functools.lru_cache(maxsize=4096)
-def _names_a_weight(owner: type[nn.Module]) -> bool:
-    """Whether a `weight` is named in what `weight_uses` would read; told from the bytecode, since parsing takes longer.
-
-    Every attribute of the forward that is a method of the class is followed, whatever object it is taken from.
-    """
-    seen: set[Any] = set()
-    queue: list[Any] = [_method(owner, "forward", 0)[1]]
-    while queue:
-        function = queue.pop()
-        if function is None or function in seen:
-            continue
-        seen.add(function)
-        code = getattr(inspect.unwrap(function), "__code__", None)
-        if code is None:
-            return True
-        names = _code_names(code)
-        if "weight" in names:
-            return True
-        queue += [_method(owner, name, level)[1] for name in names for level in range(len(owner.__mro__))]
-    return False
-
-
-def _code_names(code: types.CodeType) -> set[str]:
-    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_code_names, inner))
-
-
-@functools.lru_cache(maxsize=4096)
 def weight_uses(owner: type[nn.Module]) -> tuple[tuple[Chain, ...], tuple[Chain, ...]]:
     """Paths of the children whose `.weight` the forward of this class reads as a value, and of those that it calls.
 
     `"*"` in a path stands for any child.
     """
-    paths: dict[Chain, None] = {}
+    reads: dict[Chain, None] = {}
     calls: dict[Chain, None] = {}
     seen: set[Any] = set()
     queue: list[Any] = [_method(owner, "forward", 0)]
@@ -104,16 +71,17 @@ def weight_uses(owner: type[nn.Module]) -> tuple[tuple[Chain, ...], tuple[Chain,
         seen.add(found)
         if tree is None:
             continue
-        names = _local_names(tree)
-        ignored = {id(inner) for node in ast.walk(tree) for inner in _metadata_reads(node)}
-        for node in ast.walk(tree):
+        nodes = list(ast.walk(tree))
+        names = _local_names(nodes)
+        ignored = {inner for node in nodes for inner in _metadata_reads(node)}
+        for node in nodes:
             if isinstance(node, ast.Call):
                 calls.update(dict.fromkeys(_resolve(node.func, names)))
             if isinstance(node, ast.Attribute):
                 queue += _used_methods(owner, node, level)
-                if node.attr == "weight" and id(node) not in ignored:
-                    paths.update(dict.fromkeys(chain for chain in _resolve(node.value, names) if chain))
-    return tuple(paths), tuple(calls)
+                if node.attr == "weight" and node not in ignored:
+                    reads.update(dict.fromkeys(chain for chain in _resolve(node.value, names) if chain))
+    return tuple(reads), tuple(calls)
 
 
 def _method(owner: type[nn.Module], name: str, start: int) -> tuple[int, Any]:
@@ -129,19 +97,17 @@ def _method(owner: type[nn.Module], name: str, start: int) -> tuple[int, Any]:
 def _used_methods(owner: type[nn.Module], node: ast.Attribute, level: int) -> Iterator[tuple[int, Any]]:
     if is_super(node.value):
         yield _method(owner, node.attr, level + 1)
-    elif isinstance(node.value, ast.Name) and node.value.id == "self":
-        yield _method(owner, node.attr, 0)
     elif isinstance(node.value, ast.Name):
-        for start, kind in enumerate(owner.__mro__):
-            if kind.__name__ == node.value.id:
-                yield _method(owner, node.attr, start)
+        starts = [0] if node.value.id == "self" else [n for n, k in enumerate(owner.__mro__) if k.__name__ == node.value.id]
+        for start in starts:
+            yield _method(owner, node.attr, start)
 
 
-def _local_names(tree: ast.FunctionDef) -> dict[str, set[Chain]]:
+def _local_names(nodes: Sequence[ast.AST]) -> dict[str, set[Chain]]:
     """What each local name may stand for, as paths from `self`."""
     names: dict[str, set[Chain]] = {"self": {()}}
     for _ in range(2):  # an alias of an alias
-        for node in ast.walk(tree):
+        for node in nodes:
             if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):
                 _bind(node.targets, _resolve(node.value, names), names)
             elif isinstance(node, (ast.For, ast.comprehension)):
@@ -159,30 +125,32 @@ def _bind(targets: list[ast.expr], chains: set[Chain], names: dict[str, set[Chai
 
 
 def _resolve(node: ast.AST, names: dict[str, set[Chain]]) -> set[Chain]:
-    if isinstance(node, ast.Name):
-        return names.get(node.id, set())
-    if isinstance(node, ast.Attribute):
-        return {(*chain, node.attr) for chain in _resolve(node.value, names)}
-    if isinstance(node, ast.Subscript):
-        index = str(node.slice.value) if isinstance(node.slice, ast.Constant) else _ANY
-        return {(*chain, index) for chain in _resolve(node.value, names)}
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return {chain for element in node.elts for chain in _resolve(element, names)}
+    """The paths from `self` that an expression may stand for."""
+    match node:
+        case ast.Name(id=name):
+            return names.get(name, set())
+        case ast.Attribute(value=value, attr=step):
+            return {(*chain, step) for chain in _resolve(value, names)}
+        case ast.Subscript(value=value, slice=index):
+            step = str(index.value) if isinstance(index, ast.Constant) else _ANY
+            return {(*chain, step) for chain in _resolve(value, names)}
+        case ast.Tuple(elts=elements) | ast.List(elts=elements):
+            return {chain for element in elements for chain in _resolve(element, names)}
     return set()
 
 
-def _metadata_reads(node: ast.AST) -> Iterator[ast.AST]:
-    if isinstance(node, ast.Attribute) and node.attr in _METADATA:
-        yield node.value
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _METADATA_CALLS:
-        yield from node.args
+def _metadata_reads(node: ast.AST) -> list[ast.expr]:
+    match node:
+        case ast.Attribute(value=value, attr=name) if name in _METADATA:
+            return [value]
+        case ast.Call(func=ast.Name(id=name), args=arguments) if name in _METADATA_CALLS:
+            return arguments
+    return []
 
 
 def _children(parent: nn.Module, path: Chain) -> list[nn.Module]:
     found = [parent]
     for name in path:
-        if name == _ANY:
-            found = [child for module in found for child in module.children()]
-        else:
-            found = [child for module in found if (child := module._modules.get(name)) is not None]
+        inner = [module.children() if name == _ANY else [module._modules.get(name)] for module in found]
+        found = [child for children in inner for child in children if child is not None]
     return found

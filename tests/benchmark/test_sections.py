@@ -67,7 +67,7 @@ def test_steps() -> None:
         assert row["peak"] > row["saved"] > 0
 
 
-def test_memory_counts_one_shard_sum_for_each_input_and_compiled_keeps_no_more() -> None:
+def test_memory_counts_one_shard_sum_for_each_site_and_compiled_keeps_no_more() -> None:
     rows = run("memory", variants=("balance", "mini"), against=())["memory"]
     labels = ["base", "misscompile balance", "misscompile mini"]
     eager = [("eager", label) for label in [*labels, "misscompile balance dropout 0.1"]]
@@ -75,7 +75,7 @@ def test_memory_counts_one_shard_sum_for_each_input_and_compiled_keeps_no_more()
     saved = {(row["mode"], row["contestant"]): row["saved"] for row in rows}
     assert all(0 < saved["compiled", label] <= saved["eager", label] for label in labels)
     assert all((row["saved_over_base"] > 0) == (row["provider"] != "base") for row in rows)
-    layers, sums, tokens, r = 2, 4, 8, 4  # q, k, v and gate, up read one input each
+    layers, sums, tokens, r = 2, 7, 8, 4
     assert saved["eager", "misscompile mini"] - saved["eager", "base"] == 4 * layers * sums * tokens * r
 
 
