@@ -248,6 +248,28 @@ def test_deleting_the_last_adapter_leaves_the_plain_model(subject: Subject) -> N
     assert look(model) == subject.look
 
 
+@pytest.mark.parametrize("verb", ["delete", "merge"])
+def test_adapters_on_different_modules_leave_each_other_alone(subject: Subject, verb: str) -> None:
+    """A module whose last adapter goes is plain again, while the other adapter acts and trains elsewhere."""
+    model = mc.adapt(subject.given, fields(target_modules=["up"]), "first")
+    model = fill_blocks(mc.adapt(model, fields("mini", target_modules=["down"]), "second"), std=0.2)
+    assert max_error(model(X), with_deltas(subject.base, model, second="mini")(X)) < EXACT
+    mc.set_adapter(model, ["first", "second"])
+    both = with_deltas(subject.base, model, first=True, second="mini")(X)
+    assert max_error(model(X), both) < EXACT
+    assert [name for name, _ in mc.trainable_parameters(model)] == ["up.miss_block_first", "down.miss_block_second"]
+    if verb == "delete":
+        mc.delete_adapter(model, "first")
+        both = with_deltas(subject.base, model, second="mini")(X)
+    else:
+        mc.merge(model, ["first"])
+    assert max_error(model(X), both) < EXACT
+    assert mc.active_adapters(model) == ("second",)
+    assert set(gradients(model, X)) == {"down.miss_block_second"}
+    if subject.is_module:
+        assert type(model.up) is type(subject.base.up)
+
+
 # Merging
 
 
