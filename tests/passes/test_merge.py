@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import signal
-import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import VARIANTS, adapted, fill_blocks, max_error, reference_delta
+from support import VARIANTS, adapted, fill_blocks, matrix_of, max_error, reference_delta
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,14 +37,9 @@ def make(
     return owner
 
 
-def matrix(owner: nn.Module) -> Tensor:
-    weight = owner.weight.detach().double()
-    return weight.t() if isinstance(owner, Conv1D) else weight
-
-
 def expected(owner: nn.Module, *blocks: Block) -> Tensor:
     """`W + ΔW` in fp64 and in the layout of the owner."""
-    base = matrix(owner)
+    base = matrix_of(owner)
     merged = base + sum(reference_delta(b.variant, owner.get_parameter(b.parameter), base) for b in blocks)
     return merged.t() if isinstance(owner, Conv1D) else merged
 
@@ -139,79 +133,6 @@ def test_a_block_narrower_than_the_weight_does_not_round_the_weight(block_dtype:
 # --- the verb -------------------------------------------------------------------------------------------------------
 
 
-class _Conv(nn.Module):
-    """`TwoLinears` in the other layout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = Conv1D(8, 12), Conv1D(20, 8)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(torch.tanh(self.up(x)))
-        return y
-
-
-@pytest.mark.parametrize("make_model", [TwoLinears, _Conv])
-@pytest.mark.parametrize("init_weights", VARIANTS)
-def test_a_merged_model_is_plain_and_computes_the_same(init_weights: Any, make_model: type[nn.Module]) -> None:
-    model = make_model().double()
-    base = {name: (type(module), list(vars(module))) for name, module in model.named_modules()}
-    names = [name for name, _ in model.named_parameters()]
-    adapted(model, init_weights)
-    x = torch.randn(3, 12, dtype=torch.float64)
-    y, weight, bias = model(x), model.up.weight, model.down.bias.clone()
-    assert mc.merge(model) is model
-    assert max_error(model(x), y) < 1e-12
-    assert {name: (type(module), list(vars(module))) for name, module in model.named_modules()} == base
-    assert [name for name, _ in model.named_parameters()] == names
-    assert model.up.weight is weight
-    assert torch.equal(model.down.bias, bias)
-
-
-@pytest.mark.parametrize("init_weights", VARIANTS)
-def test_merging_never_touches_a_block(init_weights: Any) -> None:
-    model = adapted(TwoLinears().bfloat16(), init_weights)
-    blocks = {name: (p, p.detach().clone(), p.dtype) for name, p in model.named_parameters() if "miss_block" in name}
-    mc.merge(model, keep_adapters=True)
-    mc.unmerge(model)
-    for name, (parameter, values, dtype) in blocks.items():
-        assert model.get_parameter(name) is parameter
-        assert torch.equal(parameter, values)
-        assert parameter.dtype == dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("bad", "options", "init_weights"),
-    [
-        (float("nan"), {}, True),
-        (float("inf"), {"keep_adapters": True}, "mini"),
-        (1e6, {"adapter_names": ["default"]}, "bat"),
-        (1e6, {"keep_adapters": True}, True),
-    ],
-)
-def test_a_result_that_is_not_finite_changes_nothing(init_weights: Any, options: dict[str, Any], bad: float) -> None:
-    model, x = adapted(TwoLinears().half(), init_weights), torch.randn(3, 12).half()
-    with torch.no_grad():
-        model.down.miss_block_default.view(-1)[-1] = bad
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    classes = [type(module) for module in model.modules()]
-    y = model(x)
-    with pytest.raises(
-        MergeError, match=r"down: the merged weight is not finite in torch\.float16 \(adapters \['default'\]\)"
-    ):
-        mc.merge(model, **options)
-    after = model.state_dict()
-    assert list(after) == list(before)
-    for name, value in before.items():
-        torch.testing.assert_close(after[name], value, rtol=0, atol=0, equal_nan=True)
-    assert [type(module) for module in model.modules()] == classes
-    assert torch.equal(model(x).nan_to_num(), y.nan_to_num())
-    with pytest.raises(mc.StateError, match="nothing is merged"):
-        mc.unmerge(model)
-
-
 class _Twice(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) * F.linear(x.flip(-1), self.weight)
@@ -289,30 +210,6 @@ def test_owners_that_share_a_weight_are_merged_once() -> None:
     assert max_error(model.other(x), y) < 1e-13
 
 
-def test_one_of_two_adapters_is_merged_and_the_other_stays_in_the_forward() -> None:
-    model, x = adapted(TwoLinears().double(), "mini"), torch.randn(3, 12, dtype=torch.float64)
-    mc.adapt(model, mc.MissConfig(r=5, target_modules=["up"]), "b")
-    fill_blocks(model)
-    mc.set_adapter(model, ["default", "b"])
-    y = model(x)
-    mc.merge(model, ["default"])
-    assert list(mc.adapters(model)) == ["b"]
-    assert type(model.down) is nn.Linear
-    assert max_error(model(x), y) < 1e-12
-    mc.merge(model)
-    assert max_error(model(x), y) < 1e-12
-
-
-def test_a_bat_adapter_that_would_stay_active_on_a_changed_weight_is_refused() -> None:
-    model = adapted(TwoLinears())
-    mc.adapt(model, mc.MissConfig(r=4, init_weights="bat", target_modules=["down"]), "b")
-    mc.set_adapter(model, ["default", "b"])
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(MergeError, match=r"down: the 'bat' adapter 'b' that would stay active is a function of the base"):
-        mc.merge(model, ["default"])
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 def test_refusals_name_the_module() -> None:
     opaque = adapted(nn.Sequential(_Opaque(12, 8)), target_modules=["0"])
     with pytest.raises(MergeError, match=r"0: its forward reads self\.scale.*cannot be shown to be one of its weight"):
@@ -328,16 +225,6 @@ class _Opaque(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * self.scale
-
-
-def test_inactive_adapters_that_go_unfolded_are_told() -> None:
-    model = adapted(TwoLinears().double())
-    mc.adapt(model, mc.MissConfig(r=5, target_modules=["up"]), "b")
-    with pytest.warns(mc.MissWarning, match=r"merge removed the inactive adapters \['default'\] without folding them"):
-        mc.merge(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        mc.merge(adapted(TwoLinears()))
 
 
 # --- in place and in parts ------------------------------------------------------------------------------------------
