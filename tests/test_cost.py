@@ -43,10 +43,14 @@ forward_and_step = pytest.mark.parametrize("step", [False, True], ids=["forward"
 
 
 def added(form: Any, numbers: Numbers, step: bool) -> int:
-    """What the package says that a form adds to the base's FLOPs."""
+    """What a form adds to the base's FLOPs: of a step, what the package says."""
     variant, _, products = form.partition(" ")
-    flops = VARIANTS[variant].step_flops if step else VARIANTS[variant].forward_flops
-    return flops(*numbers, products)  # type: ignore[arg-type]
+    if step:
+        return VARIANTS[variant].step_flops(*numbers, products)  # type: ignore[arg-type]
+    tokens, in_features, out_features, r, m = numbers
+    if variant == "bat":  # ΔW, and a second product of the base's size or none
+        return 2 * in_features * out_features * (r + tokens * (products != "one product"))
+    return 2 * tokens * r * (m if variant == "mini" else out_features)
 
 
 def parameters(form: str, numbers: Numbers) -> int:

@@ -12,10 +12,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import misscompile as mc
-from misscompile import bat, operators, products, variants
+from misscompile.kernels import bat, device, shards  # internal: the functions of sites, their operators and thresholds
+from misscompile.kernels.shards import add_update
 
 IN, OUT, R, M = 24, 48, 8, 4
-MANY, FEW = 2 * products.MANY_TOKENS, products.MANY_TOKENS // 2
+MANY, FEW = 2 * device.MANY_TOKENS, device.MANY_TOKENS // 2
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,15 +67,16 @@ def test_values_and_gradients_are_those_of_eager(dtype: torch.dtype, tokens: tup
     x, y = leaf(*tokens, IN, dtype=dtype), leaf(*tokens, OUT, dtype=dtype)
     if variant == "bat":
         operands = [x, leaf(OUT, IN, dtype=dtype), leaf(OUT, dtype=dtype), leaf(OUT // R, R, R)]
-        function = lambda x, weight, bias, block: bat.bat_linear(x, weight, bias, [block], True, 4)  # noqa: E731
+        function = lambda x, weight, bias, block: bat.bat_linear(x, weight, bias, [block], False)  # noqa: E731
         operator = bat.BAT_LINEAR
     elif variant == "balance":
         operands = [y, x, leaf(R, OUT)]
-        function = lambda y, x, d: variants.add_product(y, variants.sum_shards(x, IN, R, True), d, IN // R)  # noqa: E731
-        operator = products.ADD_PRODUCT
+        function = lambda y, x, d: add_update(y, shards.sum_shards(x, R, True), d, IN // R)  # noqa: E731
+        operator = shards.ADD_PRODUCT
     else:
-        operands = [y, leaf(*tokens, M if variant == "mini" else OUT)]
-        function, operator = variants.add_groups, products.ADD_GROUPS
+        operands = [y, x, leaf(R, M if variant == "mini" else OUT // 2)]
+        function = lambda y, x, d: add_update(y, shards.sum_shards(x, R), d, IN // R)  # noqa: E731
+        operator = shards.ADD_GROUPS
     assert operator in graph_targets(function, *operands)
     assert_as_eager(function, operands, units=2)
 
@@ -86,7 +88,7 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted: int) -> None:
     operands = [value.requires_grad_(i == wanted) for i, value in enumerate(values)]
 
     def run(y: Tensor, s: Tensor, d: Tensor, b: Tensor) -> Tensor:
-        return bat.bat_linear(variants.add_product(y, s, d, 3), torch.ones(R, OUT).to(y), None, [b[:1, :, :]], True, 0)
+        return bat.bat_linear(add_update(y, s, d, 3), torch.ones(R, OUT).to(y), None, [b[:1, :, :]], False)
 
     compiled(run)(*operands).float().square().sum().backward()
     assert [operand.grad is not None for operand in operands] == [i == wanted for i in range(4)]
@@ -98,34 +100,34 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted: int) -> None:
 
 def test_operators_declare_what_they_do() -> None:
     y, s, d = leaf(MANY, OUT, dtype=torch.bfloat16), leaf(MANY, R, dtype=torch.bfloat16), leaf(R, OUT)
-    library.opcheck(products.ADD_PRODUCT, (y, s, d, 3))
-    library.opcheck(products.ADD_GROUPS, (y, leaf(MANY, M)))
+    library.opcheck(shards.ADD_PRODUCT, (y, s, d, 3))
+    library.opcheck(shards.ADD_GROUPS, (y, leaf(MANY, M)))
     x, weight = leaf(MANY, IN, dtype=torch.bfloat16), leaf(OUT, IN, dtype=torch.bfloat16)
     blocks = [leaf(OUT // R, R, R), leaf(OUT // 4, 4, 4)]
-    library.opcheck(bat.BAT_LINEAR, (x, weight, None, blocks, True, 4))
+    library.opcheck(bat.BAT_LINEAR, (x, weight, None, "two products", blocks))
 
 
 def test_an_output_of_other_strides() -> None:
     y = leaf(OUT, MANY, dtype=torch.bfloat16).t()
-    s, d, update = leaf(MANY, R, dtype=torch.bfloat16), leaf(R, OUT), leaf(MANY, M)
-    for function, operands in ((variants.add_product, (y, s, d, 3)), (variants.add_groups, (y, update))):
-        assert max_error(compiled(function)(*operands), function(*operands)) <= 2**-7 * float(y.abs().max())
+    for s, d in ((leaf(MANY, R, dtype=torch.bfloat16), leaf(R, OUT)), (leaf(MANY, R), leaf(R, M))):
+        assert max_error(compiled(add_update)(y, s, d, 3), add_update(y, s, d, 3)) <= 2**-7 * float(y.abs().max())
 
 
 def test_equal_dtypes_are_plain_operations() -> None:
     """Nothing has to be prepared, and Inductor may choose and fuse."""
     y, s, d = leaf(MANY, OUT), leaf(MANY, R), leaf(R, OUT)
-    assert torch.addmm in graph_targets(variants.add_product, y, s, d, 3)
-    assert products.ADD_GROUPS not in graph_targets(variants.add_groups, y, leaf(MANY, 16))
+    assert torch.addmm in graph_targets(add_update, y, s, d, 3)
+    assert shards.ADD_GROUPS not in graph_targets(add_update, y, s, leaf(R, 16), 3)
 
 
 @pytest.mark.parametrize(("dtype", "m"), [(torch.float32, 8), (torch.float64, 4)])
 def test_groups_shorter_than_a_vector_are_one_call(dtype: torch.dtype, m: int) -> None:
     """As plain operations Inductor adds them value by value."""
-    operands = [leaf(MANY, OUT, dtype=dtype), leaf(MANY, m, dtype=dtype)]
-    assert products.ADD_GROUPS in graph_targets(variants.add_groups, *operands)
-    assert_as_eager(variants.add_groups, operands, units=4)
-    assert torch.equal(compiled(variants.add_groups)(*operands), variants.add_groups(*operands))
+    operands = [leaf(MANY, OUT, dtype=dtype), leaf(MANY, R, dtype=dtype), leaf(R, m, dtype=dtype)]
+    function = lambda y, s, d: add_update(y, s, d, 3)  # noqa: E731
+    assert shards.ADD_GROUPS in graph_targets(function, *operands)
+    assert_as_eager(function, operands, units=4)
+    assert torch.equal(compiled(function)(*operands), function(*operands))
 
 
 def test_a_region_of_autocast_decides_the_dtypes_of_bat() -> None:
@@ -133,7 +135,7 @@ def test_a_region_of_autocast_decides_the_dtypes_of_bat() -> None:
 
     def run(x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return bat.bat_linear(x, weight, None, [block], False, 0)
+            return bat.bat_linear(x, weight, None, [block], False)
 
     assert compiled(run)(x).dtype == run(x).dtype == torch.bfloat16
     assert max_error(compiled(run)(x), run(x)) < 0.05
@@ -178,11 +180,11 @@ def test_a_tensor_subclass_takes_plain_operations() -> None:
         pass
 
     y = leaf(MANY, OUT, dtype=torch.bfloat16).detach()
-    assert not operators.takes_operators(y)  # eager
+    assert not device.takes_operators(y)  # eager
     for given, expected in ((y, True), (y.as_subclass(Wrapped), False)):
         torch._dynamo.reset()
         answers: list[bool] = []
-        torch.compile(lambda x, answers=answers: answers.append(operators.takes_operators(x)), backend="eager")(given)
+        torch.compile(lambda x, answers=answers: answers.append(device.takes_operators(x)), backend="eager")(given)
         assert answers == [expected]
 
 
@@ -216,14 +218,14 @@ def test_groups_are_added_and_summed_whatever_they_are_widened_to(
     out_features: int, m: int, width: int, dtype: torch.dtype
 ) -> None:
     y, update = leaf(2, MANY, out_features, dtype=dtype), leaf(2, MANY, m)
-    assert products._group_width(y, m) == width
-    assert products._group_width(y[:, :1], m) == m  # few tokens
-    z = variants.add_groups(y, update)
+    assert device.group_width(y, m) == width
+    assert device.group_width(y[:, :1], m) == m  # few tokens
+    z = shards.add_groups(y, update)
     assert torch.equal(z, y + update.to(dtype).repeat(1, 1, out_features // m))
     cotangent = torch.randn(2, MANY, out_features).to(dtype)
     dy, dupdate = torch.autograd.grad(z, [y, update], cotangent)
     expected = cotangent.double().view(2, MANY, -1, m).sum(2)
     assert torch.equal(dy, cotangent)
-    for ours in (dupdate, products._groups_gradient(cotangent, m, torch.float32)):
+    for ours in (dupdate, shards._groups_gradient(cotangent, m, torch.float32)):
         assert ours.dtype == torch.float32
         assert max_error(ours, expected) <= 2 * torch.finfo(dtype).eps * float(expected.abs().max())
