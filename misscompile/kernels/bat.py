@@ -100,14 +100,14 @@ def _gradients(
     g = g.reshape(-1, weight.shape[0])
     found = []
     if needs_x:
-        deltas = [_bat_delta_again(weight, block) for block in blocks]
-        total = reduce(torch.add, [weight, *deltas] if in_base else deltas)
+        deltas = (_bat_delta_again(weight, block) for block in blocks)
+        total = reduce(torch.add, deltas, weight) if in_base else reduce(torch.add, deltas)
         found.append((g @ total.to(g.dtype)).to(x.dtype).view(x.shape))
     if needs_weight or any(needs_blocks):
         product = (g.t() @ x.reshape(-1, x.shape[-1]).to(g.dtype)).to(weight.dtype)
     if needs_weight:
-        through = [_through_block(product, block) for block in blocks]
-        found.append(reduce(torch.add, [product, *through] if in_base else through))
+        through = (_through_block(product, block) for block in blocks)
+        found.append(reduce(torch.add, through, product) if in_base else reduce(torch.add, through))
     if needs_bias:
         found.append(g.sum(0))
     found += [_block_gradient(product, weight, block) for block, needed in zip(blocks, needs_blocks, strict=True) if needed]

@@ -109,7 +109,7 @@ def _scale(y: Tensor, terms: int) -> float:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
