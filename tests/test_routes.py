@@ -431,11 +431,7 @@ def test_a_copy_is_a_model_of_its_own(subject: Subject, variant: Any, how: str) 
 
 @copies
 @pytest.mark.parametrize("disabled", [False, True])
-def test_a_copy_of_a_merged_model_can_be_unmerged(
-    subject: Subject, disabled: bool, how: str, request: pytest.FixtureRequest
-) -> None:
-    if disabled and not subject.is_module:
-        request.applymarker(pytest.mark.xfail(reason="the copy has the merged values under its own disable", strict=True))
+def test_a_copy_of_a_merged_model_can_be_unmerged(subject: Subject, disabled: bool, how: str) -> None:
     model = subject.adapted(True)
     active, before = model(X), state(model)
     mc.merge(model, keep_adapters=True)
@@ -503,9 +499,7 @@ def test_hotswap(subject: Subject, tmp_path: Path) -> None:
 
 
 @every_variant
-def test_save_as_lora(subject: Subject, variant: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if variant == "bat" and subject.in_out and not subject.is_module:
-        request.applymarker(pytest.mark.xfail(reason="the weight of a graph is taken as (out, in)", strict=True))
+def test_save_as_lora(subject: Subject, variant: Any, tmp_path: Path) -> None:
     model = subject.adapted(variant)
     mc.save_as_lora(model, tmp_path, "a0", **({"rank": 8} if variant == "bat" else {}))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -574,13 +568,11 @@ def test_strict_still_finds_what_is_missing_or_too_much(subject: Subject) -> Non
 
 @every_variant
 def test_the_dtype_may_change(subject: Subject, variant: Any) -> None:
-    """bat alone changes its form: 16 bits have no room for small updates in `W + ΔW`."""
+    """Each call takes the form that its dtype needs when it runs, so that no code changes."""
     model = subject.adapted(variant)
     wide, code = model(X), mc.dump(model, "code")
     model.to(torch.bfloat16)
     assert model(X.bfloat16()).dtype == torch.bfloat16
-    beside = not subject.is_module and "self.up(x)" in code  # the base product is a module, whose weight is not seen
-    assert (mc.dump(model, "code") != code) is (variant == "bat" and not beside)
     assert max_error(model(X.bfloat16()), wide) < 0.1
     with mc.disable_adapter(model):
         model.to(torch.float32)
