@@ -23,9 +23,17 @@ from misscompile.passes import refuse
 from misscompile.passes.linear_calls import LinearCall, as_tuple, match_linear, resembles_linear, target_name
 from misscompile.passes.owner_names import PROJECTIONS, owner_name, stack_name
 from misscompile.passes.trace import call_opaque
-from misscompile.passes.weight_paths import WeightError, find_parameter, overlap, readers, trace_weight, weight_view
+from misscompile.passes.weight_paths import (
+    WeightError,
+    find_parameter,
+    overlap,
+    readers,
+    trace_weight,
+    view_of,
+    weight_view,
+)
 from misscompile.record.walk import join
-from misscompile.record.words import Layout, Refusal, Scope, Site, Step, WeightPath
+from misscompile.record.words import Layout, Refusal, Scope, Site, View, WeightPath
 
 aten = torch.ops.aten
 
@@ -36,7 +44,6 @@ _STACKED_PRODUCTS = {
 }
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _STACK = "its weight is a stack of fused weights, not a linear"
-_LAST_STEP: dict[Layout, tuple[Step, ...]] = {"out_in": (), "in_out": (("t",),), "conv": (("flatten",),)}
 _SHAPE_ATTRIBUTE_PAIRS = (("in_features", "out_features"), ("nx", "nf"), ("infeatures", "outfeatures"))
 
 
@@ -118,7 +125,8 @@ def _find_call(scope: Scope, node: fx.Node, call: LinearCall, mutated: dict[str,
             reason = "its weight is the left side of the product, and a linear's is the right one"
             refuse.refuse_operands(scope, node, 2, reason)
         return
-    shape = weight_view(scope.root, path).shape
+    weight = weight_view(scope.root, path)
+    shape = weight.shape
     if call.layout == "conv" and any(size != 1 for size in shape[2:]):
         return
     name = owner_name(node, path.parameter)
@@ -130,18 +138,21 @@ def _find_call(scope: Scope, node: fx.Node, call: LinearCall, mutated: dict[str,
     elif name is None:
         scope.unnamed.append(path.parameter)
     else:
-        site = _site(scope, node, call, path, shape)
-        site.owner = name
+        site = _site(scope, node, call, WeightPath(path.parameter, view_of(_oriented(weight, call.layout))))
+        site.owner, positions = name, weight.dim() - 2
+        site.strides = call.strides if len(call.strides) == positions else call.strides * positions
         scope.sites += _projections(site) or [site]
 
 
-def _site(scope: Scope, node: fx.Node, call: LinearCall, path: WeightPath, shape: torch.Size) -> Site:
-    in_features, out_features = (shape[0], shape[1]) if call.layout == "in_out" else (shape[1], shape[0])
-    path = WeightPath(path.parameter, (*path.steps, *_LAST_STEP[call.layout]))
+def _oriented(weight: Tensor, layout: Layout) -> Tensor:
+    """The operand of a call as `(out, in)`."""
+    return weight.t() if layout == "in_out" else weight.flatten(1) if layout == "conv" else weight
+
+
+def _site(scope: Scope, node: fx.Node, call: LinearCall, path: WeightPath) -> Site:
+    out_features, in_features = path.view.size
     site = Site(node, call.x, call.weight, call.added, call.layout, in_features, out_features, path)
     site.is_whole = call.layout != "conv" and (call.added is None or _is_vector(scope, call.added))
-    positions = len(shape) - 2
-    site.strides = call.strides if len(call.strides) == positions else call.strides * positions
     return site
 
 
@@ -152,14 +163,13 @@ def _projections(site: Site) -> list[Site]:
     if fused != "in_proj_weight" or site.layout != "out_in":
         return []
     assert site.path is not None
-    width = site.in_features
-    first = next((step[1] for step in site.path.steps if step[0] == "rows"), 0)
+    width, (_, stride, offset) = site.in_features, site.path.view
     found = []
     for index, projection in enumerate(PROJECTIONS):
-        start = index * width - first
+        start = index * width - offset // width
         if 0 <= start < site.out_features:
             stop = start + width
-            path = WeightPath(site.path.parameter, (*site.path.steps, ("rows", start, stop)))
+            path = WeightPath(site.path.parameter, View((width, width), stride, offset + start * stride[0]))
             part = dataclasses.replace(site, owner=join(module, projection) + mark + number, out_features=width, path=path)
             if (start, stop) != (0, site.out_features):
                 part.columns, part.is_whole = (start, stop, site.out_features), False
@@ -181,7 +191,7 @@ def _name_parts(scope: Scope) -> None:
     """
     for name, calls in sites_by_name(scope).items():
         paths = [site.path for site in calls if site.path is not None]
-        forms = list(dict.fromkeys(path.steps for path in paths))
+        forms = list(dict.fromkeys(path.view for path in paths))
         if len(forms) < 2:
             continue
         weight = find_parameter(scope.root, paths[0].parameter)
@@ -192,7 +202,7 @@ def _name_parts(scope: Scope) -> None:
             scope.sites = [site for site in scope.sites if site not in calls]
             continue
         for site, path in zip(calls, paths, strict=True):
-            site.owner = f"{name}.part{forms.index(path.steps)}"
+            site.owner = f"{name}.part{forms.index(path.view)}"
 
 
 def _refuse_without_gradient(scope: Scope) -> None:
@@ -210,9 +220,9 @@ def _find_module_call(scope: Scope, node: fx.Node) -> None:
     layout = _module_layout(module)
     x: Any = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
     if layout is not None and weight is not None and isinstance(x, fx.Node):
-        out_features, in_features = (weight.shape[1], weight.shape[0]) if layout == "in_out" else weight.shape[:2]
-        path = WeightPath(f"{name}.weight", _LAST_STEP[layout])
+        view = view_of(_oriented(torch.empty(weight.shape, device="meta"), layout))
         strides = module.stride if isinstance(module, _CONVOLUTIONS) else ()
+        path, (out_features, in_features) = WeightPath(f"{name}.weight", view), view.size
         scope.sites.append(Site(node, x, None, None, layout, in_features, out_features, path, owner=name, strides=strides))
     elif linear_shape(module) is not None and not isinstance(module, nn.Bilinear):
         own = "a forward of its own" if weight is not None else "a weight that is no plain parameter"

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from misscompile.errors import MergeError
 from misscompile.kernels import fold_in_place, is_finite, stays_finite
-from misscompile.passes.weight_paths import apply_steps
+from misscompile.passes.weight_paths import take_view
 from misscompile.record.state import STATE, Kept, OwnerState, base_tensor, copy_name, tensor_version
 from misscompile.record.walk import named_modules, owners
-from misscompile.record.words import Block, Refusal, Site, Step, Target
+from misscompile.record.words import Block, Refusal, Site, Target, View
 from misscompile.variants import VARIANTS
 
-Part = tuple[tuple[Step, ...], list[tuple[Block, Tensor]]]
-"""The steps from a stored weight to a view as `(out, in)`, and the blocks that fold into that view, with their values."""
+Part = tuple[View, list[tuple[Block, Tensor]]]
+"""A view of a weight as `(out, in)`, and the blocks that fold into it, with their values."""
 
 
 @dataclasses.dataclass
@@ -57,8 +57,11 @@ class Fold:
 
     def write(self, stored: Tensor) -> None:
         """Fold every part into `stored`, which holds the base weight."""
-        for steps, blocks in self.parts:
-            fold_in_place(apply_steps(stored, steps), [(block.variant, values) for block, values in blocks])
+        whole = stored.contiguous()
+        for view, blocks in self.parts:
+            fold_in_place(take_view(whole, view), [(block.variant, values) for block, values in blocks])
+        if whole is not stored:
+            stored.copy_(whole)
 
 
 class Host(abc.ABC):
@@ -139,7 +142,7 @@ class Host(abc.ABC):
 
     @abc.abstractmethod
     def stored_weight(self, owner: str, site: Site) -> Tensor:
-        """The weight of a site as it is stored; `site.path.steps` lead from it to `(out, in)`."""
+        """The weight of a site as it is stored; `site.path.view` is that of it as `(out, in)`."""
 
     @abc.abstractmethod
     def code(self) -> list[str]:

@@ -26,7 +26,7 @@ from misscompile.passes.unshare_weights import call_name
 from misscompile.passes.weight_paths import overlap
 from misscompile.record.state import STATE, Kept, OwnerState, tensor_version
 from misscompile.record.walk import owner_state, owners
-from misscompile.record.words import Block, Refusal, Scope, Site, Step, Target
+from misscompile.record.words import Block, Refusal, Scope, Site, Target, View
 
 _SHOWN = 5
 
@@ -88,7 +88,7 @@ class GraphHost(Host):
         for index, site in enumerate(calls if own else calls[:1]):
             assert site.path is not None
             owner, weight = call_name(name, index) if own else name, self.stored_weight(name, site)
-            shared = (id(weight), site.path.steps, owner if own else "")
+            shared = (id(weight), site.path.view, owner if own else "")
             container = require_container(self.root, owner)
             targets.append(Target(owner, container, site.in_features, site.out_features, block, weight, shared))
         return targets
@@ -137,10 +137,10 @@ class GraphHost(Host):
                 self._check_clonable(owner, sites[0], call)
                 weight, holder = self.stored_weight(owner, sites[0]), self.root.get_submodule(owner)
                 fold = folds.setdefault((id(weight), call), Fold(path.parameter, weight, [], {}, call))
-                if all(path.steps != steps for steps, _ in fold.parts):  # tied names share their block
-                    _check_apart(fold, owner, path.steps)
+                if all(path.view != view for view, _ in fold.parts):  # tied names share their block
+                    _check_apart(fold, owner, path.view)
                     blocks = [state.blocks[n] for n in names if n in state.blocks]
-                    fold.parts.append((path.steps, [(b, holder.get_parameter(b.parameter)) for b in blocks]))
+                    fold.parts.append((path.view, [(b, holder.get_parameter(b.parameter)) for b in blocks]))
                 fold.owners[owner] = sites
                 adapted |= {id(site) for site in sites}
         for fold in folds.values():
@@ -217,7 +217,7 @@ class GraphHost(Host):
             f"the call {site.node.name!r} of {site.owner}"
             for site in self.scope.sites
             if id(site) not in adapted and site.path is not None and self.stored_weight("", site) is fold.weight
-            if any(overlap(fold.weight, steps, site.path.steps) for steps, _ in fold.parts)
+            if any(overlap(fold.weight, view, site.path.view) for view, _ in fold.parts)
         ]
         named = self.root.named_parameters(remove_duplicate=False)
         names = {name for name, parameter in named if parameter is fold.weight}
@@ -248,10 +248,10 @@ def _exchange(module: nn.Module, name: str, new: nn.Parameter | None, keep: bool
         state.kept[name] = Kept(old) if new is None else Kept(old, tensor_version(new))
 
 
-def _check_apart(fold: Fold, owner: str, steps: tuple[Step, ...]) -> None:
+def _check_apart(fold: Fold, owner: str, view: View) -> None:
     """Refuse to add two updates to one element: each call would then compute both."""
     for (others, _), other in zip(fold.parts, fold.owners, strict=False):
-        if overlap(fold.weight, steps, others):
+        if overlap(fold.weight, view, others):
             raise MergeError(
                 f"{owner} and {other} read one weight in two forms, each with an adapter of its own: merging would add "
                 "both to both. Give one of them a parameter of its own before the model is captured."

@@ -195,7 +195,7 @@ class ModuleHost(Host):
             )
         check_staying(name, state, names)
         blocks = [state.blocks[n] for n in names if n in state.blocks]
-        parts = [(path.steps, [(block, owner.get_parameter(block.parameter)) for block in blocks])]
+        parts = [(path.view, [(block, owner.get_parameter(block.parameter)) for block in blocks])]
         return Fold(name, self.stored_weight(name, scope.sites[0]), parts, dict(group))
 
     def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, fx, nn
 
 from misscompile.rules.config import MissConfig
 
 Layout = Literal["out_in", "in_out", "conv", "opaque"]
-
-Step = tuple[Any, ...]
-"""One view between a parameter and a linear call: `("t",)`, `("view", *shape)`, `("rows", start, stop)`, `("flatten",)`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +50,21 @@ class Adapter:
     refusals: tuple[Refusal, ...] = ()
 
 
+class View(NamedTuple):
+    """Where a weight operand lies in its contiguous parameter, as `torch.as_strided` takes it."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightPath:
-    """The parameter behind a weight operand, and the views that lead from it to `(out, in)`."""
+    """The parameter behind a weight operand, and the view of it as `(out, in)`."""
 
     parameter: str
     """Dotted name of the parameter below the root of the scope."""
-    steps: tuple[Step, ...]
+    view: View
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from misscompile.errors import ArgumentError, CheckpointError, ConfigError, StateError
 from misscompile.hosts.opening import adapted_owners
 from misscompile.passes.find_sites import linear_shape
-from misscompile.passes.weight_paths import apply_steps
+from misscompile.passes.weight_paths import take_view
 from misscompile.record.state import STATE
 from misscompile.record.walk import join, named_modules, owner_states, require_adapter, unwrap_model
 from misscompile.rules.config import MissConfig
@@ -136,7 +136,7 @@ def _factors_of_model(root: nn.Module, adapter_name: str, rank: int | None, ener
             factors[name] = _Factors(*variant.lora_factors(values, site.in_features, site.out_features))
             continue
         assert site.path is not None
-        weight = apply_steps(host.stored_weight(own_name, site).detach(), site.path.steps).cpu().double()
+        weight = take_view(host.stored_weight(own_name, site).detach().contiguous(), site.path.view).cpu().double()
         down, up, error = _truncated_factors(variant.delta_weight(values, weight), rank, energy)
         factors[name] = _Factors(down.to(values.dtype), up.to(values.dtype), error)
     return factors
