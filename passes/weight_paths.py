@@ -127,25 +127,27 @@ def readers(source: fx.Node) -> Iterator[fx.Node]:
 
 def _source(node: fx.Node) -> fx.Node | None:
     """What a view, a part or a cast is taken of; None for a node that computes."""
-    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    if node.op not in ("call_function", "call_method") or source is None:
+    source: Any = node.args[0] if node.args else None
+    if node.op not in ("call_function", "call_method") or not isinstance(source, fx.Node):
         return None
-    if node.target is getattr:
-        return source if node.args[1] in ("T", "data") else None
-    if node.target is operator.getitem:
-        part = source.target in _CUTS and isinstance(source.args[0], fx.Node)
-        return source.args[0] if part else source if isinstance(node.args[1], slice) else None
-    return source if node.target in _CASTS or node.target in _VIEWS else None
+    if node.target is operator.getitem and source.target in _CUTS:
+        cut: Any = source.args[0]
+        return cut if isinstance(cut, fx.Node) else None
+    attribute = node.target is getattr and node.args[1:] in (("T",), ("data",))
+    rows = node.target is operator.getitem and isinstance(node.args[1], slice)
+    return source if attribute or rows or node.target in _CASTS or node.target in _VIEWS else None
 
 
 def _evaluate(node: fx.Node, current: Tensor) -> Tensor:
     """What a view or a part is of a tensor like `current`."""
-    value, source = node.meta.get("val"), node.args[0]
+    value: Any = node.meta.get("val")
+    source: Any = node.args[0]
     if node.target is operator.getitem and source.target in _CUTS:
-        return _call(source, current)[node.args[1]]
+        parts: Any = _call(source, current)
+        return parts[node.args[1]]  # type: ignore[no-any-return]
     if len(node.all_input_nodes) > 1 and isinstance(value, Tensor):  # sizes that other nodes compute
         return current.view([int(size) for size in value.shape])
-    return _call(node, current)
+    return _call(node, current)  # type: ignore[no-any-return]
 
 
 def _call(node: fx.Node, current: Tensor) -> Any:

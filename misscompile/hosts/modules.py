@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from misscompile.errors import MergeError
-from misscompile.hosts.base import Fold, Host, check_staying, write_copies
+from misscompile.hosts.base import Fold, Host, Part, check_staying, write_copies
 from misscompile.hosts.owner_class import (
     REWRITE,
     Specialised,
@@ -169,8 +169,9 @@ class ModuleHost(Host):
         folded = {o: set(names) & set(vars(o)[STATE].blocks) for group in groups.values() for o in group.values()}
         for module_name, module in self.root.named_modules():
             for held, parameter in module._parameters.items():
-                name, owner = next(iter(groups.get(id(parameter), {}).items()), ("", None))
-                if owner is not None and folded.get(module) != folded[owner]:
+                group = groups.get(id(parameter), {})
+                name, first = next(iter(group.items()), ("", module))
+                if group and folded.get(module) != folded[first]:
                     raise MergeError(
                         f"{name} shares its weight with {module_name}.{held}, which the "
                         "adapter does not act on: merging would change both. Untie first: give the module a weight of its "
@@ -195,7 +196,7 @@ class ModuleHost(Host):
             )
         check_staying(name, state, names)
         blocks = [state.blocks[n] for n in names if n in state.blocks]
-        parts = [(path.view, [(block, owner.get_parameter(block.parameter)) for block in blocks])]
+        parts: list[Part] = [(path.view, [(block, owner.get_parameter(block.parameter)) for block in blocks])]
         return Fold(name, self.stored_weight(name, scope.sites[0]), parts, dict(group))
 
     def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool) -> None:

@@ -58,7 +58,9 @@ def hosts_in(root: nn.Module) -> list[Host]:
 def adapted_owners(root: nn.Module) -> dict[str, tuple[Host, str, nn.Module]]:
     """Every owner of a block in a model: the host it belongs to, its name there, and itself."""
     found: dict[str, tuple[Host, str, nn.Module]] = {}
-    prefixes = {module: name for name, module in named_modules(root).items() if isinstance(module, WholeGraph)}
+    prefixes: dict[nn.Module, str] = {
+        module: name for name, module in named_modules(root).items() if isinstance(module, WholeGraph)
+    }
     for host in hosts_in(root):
         prefix = prefixes.get(host.root, "") if host.in_graph else ""
         for name, owner in owners(host.root).items():

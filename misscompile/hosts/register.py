@@ -7,6 +7,7 @@ q_proj.weight              ->   q_proj.weight (frozen)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def register_blocks(host: Host, plan: Plan) -> None:
         state = _state(owner, None, host.in_graph)
         state.copies[adapter.name], state.adapters[adapter.name] = tuple(copies), adapter
         for name, value in copies.items():
-            register = owner.register_parameter if isinstance(value, nn.Parameter) else owner.register_buffer
+            register: Any = owner.register_parameter if isinstance(value, nn.Parameter) else owner.register_buffer
             register(copy_name(adapter.name, name), value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -49,6 +50,5 @@ def _copy_state(module: nn.Module) -> OwnerState | None:
     state: OwnerState | None = vars(module).get(STATE)
     if state is None:
         return None
-    return OwnerState(
-        **{name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(state).items()}
-    )
+    fields: dict[str, Any] = {n: copy.copy(v) if isinstance(v, dict) else v for n, v in vars(state).items()}
+    return OwnerState(**fields)

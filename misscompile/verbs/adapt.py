@@ -68,7 +68,7 @@ def adapt(
     create_blocks(plan, autocast_adapter_dtype)
     create_copies(plan)
     install_plan(host, plan)
-    return host.result(model)
+    return host.result(model)  # type: ignore[no-any-return]
 
 
 def install_plan(host: Host, plan: Plan) -> None:

@@ -103,7 +103,7 @@ def load_adapter(
     create_blocks(plan, True, blocks, copy=not low_cpu_mem_usage)
     create_copies(plan, copies, copy=not low_cpu_mem_usage)
     install_plan(host, plan)
-    return host.result(model)
+    return host.result(model)  # type: ignore[no-any-return]
 
 
 def _plan_to_load(host: Host, folder: Path, adapter_name: str, trainable: bool, round_bat_weight: bool) -> tuple[Plan, Keys]:
