@@ -1,7 +1,8 @@
-"""Finding the linear calls of a whole graph: under which name, of which shape, and what is refused with which reason."""
+"""Finding: every use of a weight as a linear, under which name and of which shape, and what is refused with which reason."""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import TRACERS, graph_list
+from support import TRACERS, VARIANTS, adapted, graph_list, matrix_of, max_error, reference_delta
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 from zoo import IN, OUT, Model, holder
 
 import misscompile as mc
-from misscompile.passes.find_calls import find_calls, find_parameter
-from misscompile.passes.match import apply_steps
-from misscompile.plan import ModelScope
+from misscompile.passes.find_sites import find_sites, linear_shape
+from misscompile.passes.trace import opaque_scope, trace_owner
+from misscompile.passes.weight_paths import apply_steps, find_parameter
+from misscompile.record.words import Scope, Site
 
 X = torch.randn(3, 5, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 ROW = torch.randn(2, IN, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -26,25 +29,235 @@ IMAGE = torch.randn(2, IN, 4, 5, dtype=torch.float64, generator=torch.Generator(
 both_tracers = pytest.mark.parametrize("tracer", TRACERS)
 
 
-def search(graph: fx.GraphModule) -> ModelScope:
-    """`find_calls` over a graph, which it must leave alone."""
-    before = graph_list(graph)
-    scope = ModelScope(graph, graph.graph)
-    find_calls(scope)
-    assert graph_list(graph) == before
+def searched(scope: Scope) -> Scope:
+    """`find_sites` over a scope, which it must leave alone."""
+    before = graph_list(scope.graph)
+    assert find_sites(scope) == len(scope.sites)
+    assert graph_list(scope.graph) == before
     return scope
 
 
-def found(model: nn.Module, x: Tensor = X, tracer: str = "export") -> ModelScope:
+def search(graph: fx.GraphModule) -> Scope:
+    return searched(Scope(graph, graph.graph, "whole graph"))
+
+
+def found(model: nn.Module, x: Tensor = X, tracer: str = "export") -> Scope:
     return search(TRACERS[tracer](model, x))
 
 
-def names(scope: ModelScope) -> list[str]:
+def names(scope: Scope) -> list[str]:
     return [site.owner for site in scope.sites]
 
 
-def reasons(scope: ModelScope) -> list[tuple[str, str]]:
+def reasons(scope: Scope) -> list[tuple[str, str]]:
     return [(refusal.name, refusal.reason) for refusal in scope.refusals]
+
+
+# --- in the forward of an owner -------------------------------------------------------------------------------------
+
+
+def find(owner: nn.Module) -> list[Site]:
+    """The sites of an owner of 12 inputs and 8 outputs, unless all of them are opaque."""
+    scope = trace_owner(owner, type(owner), (12, 8))
+    assert scope.opaque is None
+    return searched(scope).sites
+
+
+class _Keywords(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(bias=self.bias, weight=self.weight, input=x)
+
+
+class _Turned(nn.Module):
+    """A linear that stores its weight as `(in, out)`."""
+
+    def __init__(self, in_features: int = 12, out_features: int = 8) -> None:
+        super().__init__()
+        self.nx, self.nf = in_features, out_features
+        self.weight = nn.Parameter(torch.randn(in_features, out_features))
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+
+class _AddmmKeywords(_Turned):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(mat2=self.weight, input=self.bias, mat1=x)
+
+
+class _Product(_Turned):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class _Residual(_Turned):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return torch.addmm(residual, x, self.weight)
+
+
+class _Transposed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight.t())
+
+
+class _Matmul(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+T = (("t",),)
+OWNERS: dict[str, tuple[Callable[[], nn.Module], tuple[object, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 8), (F.linear, "input", "weight", "out_in", (), "bias", True)),
+    "no bias": (lambda: nn.Linear(12, 8, bias=False), (F.linear, "input", "weight", "out_in", (), None, True)),
+    "keywords": (lambda: _Keywords(12, 8), (F.linear, "x", "weight", "out_in", (), "bias", True)),
+    "Conv1D": (lambda: Conv1D(8, 12), (torch.addmm, "view", "weight", "in_out", T, "bias", True)),
+    "addmm keywords": (_AddmmKeywords, (torch.addmm, "x", "weight", "in_out", T, "bias", True)),
+    "product": (_Product, (operator.matmul, "x", "weight", "in_out", T, None, True)),
+    "residual": (_Residual, (torch.addmm, "x", "weight", "in_out", T, "residual", False)),
+    "addmm of t": (lambda: _Transposed(12, 8), (torch.addmm, "x", "t", "in_out", T + T, "bias", True)),
+    "product with T": (lambda: _Matmul(12, 8), (operator.matmul, "x", getattr, "in_out", T + T, None, True)),
+    "weight_norm": (
+        lambda: parametrizations.weight_norm(nn.Linear(12, 8)),
+        (F.linear, "input", "parametrizations.weight", "out_in", (), "bias", True),
+    ),
+    "orthogonal": (
+        lambda: parametrizations.orthogonal(nn.Linear(12, 8)),
+        (F.linear, "input", "parametrizations.weight", "out_in", (), "bias", True),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OWNERS)
+def test_the_call_of_an_owner(case: str) -> None:
+    make, expected = OWNERS[case]
+    (site,) = find(make())
+    assert site.weight is not None
+    assert site.path is not None
+    assert (site.owner, site.in_features, site.out_features, site.path.parameter) == ("", 12, 8, "weight")
+    added = None if site.added is None else site.added.target
+    told = site.node.target, site.x.target, site.weight.target, site.layout, site.path.steps, added, site.is_whole
+    assert told == expected
+
+
+def test_an_opaque_call_is_a_site_without_a_weight() -> None:
+    owner = nn.Linear(12, 8)
+    (site,) = searched(opaque_scope(owner, nn.Linear, (12, 8), None, "told")).sites
+    assert (site.weight, site.path, site.layout, site.x.target) == (None, None, "opaque", "input")
+    assert (site.in_features, site.out_features, site.is_whole) == (12, 8, False)
+
+
+class _Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + F.linear(x.flip(-1), self.weight)
+
+
+def test_every_call_of_one_weight_is_a_site_and_finding_again_starts_anew() -> None:
+    scope = trace_owner(_Twice(12, 8), _Twice, (12, 8))
+    for _ in range(2):
+        searched(scope)
+        assert [site.x.target for site in scope.sites] == ["x", "flip"]
+        assert [site.node for site in scope.sites] == [n for n in scope.graph.nodes if n.target is F.linear]
+
+
+class _OtherWeight(nn.Linear):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.other = nn.Parameter(torch.ones(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.other) + F.linear(x, self.weight)
+
+
+def test_another_parameter_is_no_site() -> None:
+    (site,) = find(_OtherWeight(12, 8))
+    assert site.weight is not None
+    assert site.weight.target == "weight"
+
+
+class _Given(nn.Linear):
+    """Its weight is an argument: an adapter on `self.weight` would act on somebody else's product."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
+class _Child(nn.Linear):
+    """A child module called `weight` is not the weight."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        del self.weight
+        self.weight = nn.Flatten()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(x))  # type: ignore[operator]
+
+
+class _Computed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.abs())
+
+
+class _Weighted(_AddmmKeywords):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight, beta=2)
+
+
+class _Swapped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.weight, x)
+
+
+class _OtherWay(nn.Linear):
+    """A product that takes as many inputs as the owner says it has outputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("kind", [_Given, _Child, _Computed, _Weighted, _Swapped, _OtherWay])
+def test_nothing_to_find(kind: Callable[[int, int], nn.Module]) -> None:
+    assert find(kind(12, 8)) == []
+
+
+@pytest.mark.parametrize("kind", [_Transposed, _Matmul, _AddmmKeywords, _Product])
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_a_product_in_any_spelling_takes_a_block_that_can_be_merged(kind: Any, init_weights: Any) -> None:
+    model, x = adapted(nn.Sequential(kind(12, 8)), init_weights, target_modules=["0"]), torch.randn(3, 12)
+    weight = matrix_of(model[0])
+    updated = weight + reference_delta(init_weights, model[0].miss_block_default, weight)
+    expected = F.linear(x.double(), updated, model[0].bias.double())
+    assert max_error(model(x), expected) < 1e-5
+    mc.merge(model)
+    assert max_error(matrix_of(model[0]), updated) < 1e-6
+
+
+class _Packed(nn.Module):
+    def __init__(self, **sizes: object) -> None:
+        super().__init__()
+        vars(self).update(sizes)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Linear(12, 8), (12, 8)),
+        (Conv1D(8, 12), (12, 8)),
+        (_Packed(infeatures=12, outfeatures=8), (12, 8)),
+        (_Packed(in_features=12), None),
+        (_Packed(in_features="12", out_features=8), None),
+        (nn.Bilinear(3, 4, 5), None),
+        (nn.Embedding(12, 8), None),
+        (nn.Conv1d(12, 8, 1), None),
+        (nn.Identity(), None),
+    ],
+)
+def test_linear_shape(module: nn.Module, shape: tuple[int, int] | None) -> None:
+    assert linear_shape(module) == shape
+
+
+# --- in a whole graph: names, shapes, parts -------------------------------------------------------------------------
 
 
 class Sequence(nn.Module):
@@ -73,7 +286,6 @@ def test_names_sites_after_the_owners_of_their_weights(tracer: str) -> None:
         "head.weight",
     ]
     assert [site.weight is None for site in scope.sites] == ([True, False, True] if tracer == "fx" else [False] * 3)
-    assert {site.weight_dtype for site in scope.sites} == {torch.float64}
     assert [site.strides for site in scope.sites] == [(), (), (1,)]
     assert scope.refusals == []
     assert scope.unnamed == []
