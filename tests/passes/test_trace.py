@@ -17,21 +17,19 @@ from torch.nn.utils import spectral_norm
 from transformers.pytorch_utils import Conv1D
 
 import misscompile as mc
-from misscompile.passes.trace import call_opaque, make_opaque, probe_opaque, require_linear_output, trace_forward
-from misscompile.plan import Scope
+from misscompile.hosts.owner_class import REWRITE
+from misscompile.passes.trace import call_opaque, opaque_scope, probe_opaque, trace_owner
+from misscompile.record.words import Scope
 
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+FOREIGN = "its instance attribute `forward` was set by other code"
 
 
 def trace(owner: nn.Module, foreign: Callable[..., Any] | None = None) -> Scope:
-    scope = Scope(type(owner), 12, 8, torch.float32)
-    trace_forward(scope, owner, foreign)
+    scope = trace_owner(owner, type(owner), (12, 8), foreign)
     scope.graph.lint()
+    assert (scope.label, scope.shape) == (type(owner).__name__, (12, 8))
     return scope
-
-
-def run(scope: Scope, owner: nn.Module, *args: Any) -> Any:
-    return fx.GraphModule(owner, scope.graph)(*args)
 
 
 def adapt(owner: nn.Module, init_weights: Any = True) -> nn.Module:
@@ -40,33 +38,20 @@ def adapt(owner: nn.Module, init_weights: Any = True) -> nn.Module:
     return owner
 
 
+def opaque(owner: nn.Module) -> str | None:
+    """Why the forward of an adapted owner stays one node."""
+    reason: str | None = getattr(type(owner), REWRITE).base.opaque
+    return reason
+
+
 # --- what is traced -------------------------------------------------------------------------------------------------
 
 
 def test_linear() -> None:
-    owner = nn.Linear(12, 8)
-    scope = trace(owner)
-    assert scope.opaque is None
-    assert [(node.op, node.target) for node in scope.graph.nodes] == [
-        ("placeholder", "input"),
-        ("get_attr", "weight"),
-        ("get_attr", "bias"),
-        ("call_function", F.linear),
-        ("output", "output"),
-    ]
-    assert torch.equal(run(scope, owner, X), owner(X))
-
-
-def test_linear_without_bias_has_no_bias_in_its_graph() -> None:
-    assert "bias" not in [node.target for node in trace(nn.Linear(12, 8, bias=False)).graph.nodes]
-
-
-def test_conv1d() -> None:
-    owner = Conv1D(8, 12)
-    scope = trace(owner)
-    assert scope.opaque is None
-    assert torch.addmm in [node.target for node in scope.graph.nodes]
-    assert torch.equal(run(scope, owner, X[None]), owner(X[None]))
+    nodes = [(node.op, node.target) for node in trace(nn.Linear(12, 8)).graph.nodes]
+    weight, bias = ("get_attr", "weight"), ("get_attr", "bias")
+    assert nodes == [("placeholder", "input"), weight, bias, ("call_function", F.linear), ("output", "output")]
+    assert bias not in [(n.op, n.target) for n in trace(nn.Linear(12, 8, bias=False)).graph.nodes]
 
 
 class _Doubled(nn.Module):
@@ -74,14 +59,10 @@ class _Doubled(nn.Module):
         return weight * 2
 
 
-def test_a_parametrized_linear_calls_its_parametrization_as_one_node() -> None:
+def _parametrized() -> nn.Module:
     owner = nn.Linear(12, 8)
     parametrize.register_parametrization(owner, "weight", _Doubled())
-    scope = trace(owner)
-    assert scope.opaque is None
-    calls = [node for node in scope.graph.nodes if node.op == "call_module"]
-    assert [node.target for node in calls] == ["parametrizations.weight"]
-    assert torch.equal(run(scope, owner, X), F.linear(X, owner.parametrizations.weight.original * 2, owner.bias))
+    return owner
 
 
 class _Scaled(nn.Linear):
@@ -97,10 +78,36 @@ class _Scaled(nn.Linear):
         return y
 
 
+@pytest.mark.parametrize(
+    ("make", "target", "children"),
+    [
+        (lambda: nn.Linear(12, 8), F.linear, []),
+        (lambda: Conv1D(8, 12), torch.addmm, []),
+        (_parametrized, F.linear, ["parametrizations.weight"]),
+        (lambda: _Scaled(12, 8), F.linear, ["act"]),
+    ],
+)
+def test_a_trace_computes_what_its_owner_does_and_calls_a_child_as_one_node(
+    make: Callable[[], nn.Module], target: Any, children: list[str]
+) -> None:
+    owner = make()
+    nn.init.normal_(owner.bias)
+    scope = trace(owner)
+    assert scope.opaque is None
+    assert target in [node.target for node in scope.graph.nodes]
+    assert [node.target for node in scope.graph.nodes if node.op == "call_module"] == children
+    assert torch.equal(fx.GraphModule(owner, scope.graph)(X), owner(X))
+
+
+def test_a_scope_has_the_shapes_of_its_owner_and_none_of_its_values() -> None:
+    for owner in (nn.Linear(12, 8).double(), _parametrized()):
+        held = trace(owner).root.get_parameter("weight")
+        assert (held.shape, held.is_meta, held.requires_grad) == ((8, 12), True, False)
+    assert trace(nn.Linear(12, 8).double()).root.get_parameter("bias").dtype == torch.float64
+
+
 def test_children_and_super_calls_are_traced_and_the_update_lands_before_what_follows() -> None:
-    owner = _Scaled(12, 8)
-    assert trace(owner).opaque is None
-    fill_blocks(adapt(owner))
+    owner = fill_blocks(adapt(_Scaled(12, 8)))
     delta = reference_delta(True, owner.miss_block_default, owner.weight)
     expected = torch.tanh(F.linear(X.double(), owner.weight.double() + delta, owner.bias.double())) * owner.gain.double()
     assert max_error(owner(X), expected) < 1e-6
@@ -143,6 +150,11 @@ class _ReadsInHelper(_ReadsAttribute):
         return y * self.scale
 
 
+class _ReadsDict(_ReadsAttribute):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * self.__dict__["scale"]
+
+
 class _PassesTraining(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(super().forward(x), 0.0, self.training)
@@ -168,7 +180,7 @@ def test_a_forward_that_python_decides_is_opaque(kind: type[nn.Linear], reason: 
         ("placeholder", "x"),
         ("placeholder", "*args"),
         ("placeholder", "**kwargs"),
-        ("get_attr", "base_forward"),
+        ("get_attr", "miss_base_forward"),
         ("call_function", call_opaque),
         ("output", "output"),
     ]
@@ -179,12 +191,12 @@ def test_a_forward_that_python_decides_is_opaque(kind: type[nn.Linear], reason: 
     assert max_error(owner(-X) - before[1], -update) < 1e-5
 
 
-def test_an_attribute_of_an_opaque_owner_still_counts_after_adapting() -> None:
-    owner = adapt(_ReadsAttribute(12, 8))
-    base = F.linear(X, owner.weight, owner.bias)
-    assert torch.equal(owner(X), base * 2.0)
-    owner.scale = 7.0
-    assert torch.equal(owner(X), base * 7.0)
+@pytest.mark.parametrize("kind", [_ReadsAttribute, _ReadsByName, _ReadsInHelper, _ReadsDict])
+def test_an_attribute_of_an_opaque_owner_still_counts_after_adapting(kind: type[nn.Linear]) -> None:
+    owner = adapt(kind(12, 8))
+    base = owner(X) / 2.0
+    owner.scale = 4.0
+    assert torch.equal(owner(X), base * 4.0)
 
 
 def test_the_old_spectral_norm_is_opaque_because_a_hook_writes_its_weight() -> None:
@@ -199,7 +211,7 @@ class _NotItsWeight(nn.Linear):
 def test_a_weight_that_is_not_called_as_a_linear_is_opaque_and_cannot_be_merged() -> None:
     owner = fill_blocks(adapt(_NotItsWeight(12, 8)))
     reason = "its forward does not call its own weight as a linear"
-    assert type(owner).scope.opaque == reason
+    assert opaque(owner) == reason
     with pytest.raises(mc.MergeError, match=reason):
         mc.merge(owner)
 
@@ -211,13 +223,11 @@ def test_a_forward_set_on_the_instance_is_opaque_and_keeps_its_signature() -> No
     owner = nn.Linear(12, 8)
     owner.forward = forward  # type: ignore[method-assign]
     scope = trace(owner, forward)
-    assert scope.opaque == "its instance attribute `forward` was set by other code"
+    assert scope.opaque == FOREIGN
     assert [n.target for n in scope.graph.nodes if n.op == "placeholder"] == ["x", "*args", "**kwargs"]
-    before = [owner(X), owner(X, 1.5), owner(x=X, factor=3.0)]
-    adapt(owner)
-    for a, b in zip([owner(X), owner(X, 1.5), owner(x=X, factor=3.0)], before, strict=True):
-        assert torch.equal(a, b)
-    assert max_error(fill_blocks(owner)(X), before[0]) > 1e-3
+    before = owner(X)
+    unchanged(owner, lambda m: m(X), lambda m: m(X, 1.5), lambda m: m(x=X, factor=3.0))
+    assert max_error(fill_blocks(owner)(X), before) > 1e-3
     mc.unload(owner)
     assert owner.forward is forward
 
@@ -226,23 +236,23 @@ def test_a_method_bound_to_the_instance_is_foreign_unless_it_is_the_class_s_own(
     def doubled(self: nn.Linear, input: Tensor) -> Tensor:
         return F.linear(input, self.weight) * 2
 
-    own, other = nn.Linear(12, 8), nn.Linear(12, 8)
-    own.forward = types.MethodType(nn.Linear.forward, own)  # type: ignore[method-assign]
-    other.forward = types.MethodType(doubled, other)  # type: ignore[method-assign]
-    before = other(X)
-    assert type(adapt(own)).scope.opaque is None
-    assert type(adapt(other)).scope.opaque == "its instance attribute `forward` was set by other code"
-    assert torch.equal(other(X), before)
+    for forward, reason in ((nn.Linear.forward, None), (doubled, FOREIGN)):
+        owner = nn.Linear(12, 8)
+        owner.forward = types.MethodType(forward, owner)  # type: ignore[method-assign]
+        unchanged(owner, lambda m: m(X))
+        assert opaque(owner) == reason
 
 
 def test_a_wrapper_with_nothing_but_varargs_takes_one_input() -> None:
     owner = nn.Linear(12, 8)
     inner = owner.forward
     owner.forward = lambda *args: inner(*args)  # type: ignore[method-assign]
-    scope = Scope(nn.Linear, 12, 8, torch.float32)
-    make_opaque(scope, owner, owner.forward, "told")
+    scope = opaque_scope(owner, nn.Linear, (12, 8), owner.forward, "told")
     assert (scope.opaque, next(iter(scope.graph.nodes)).target) == ("told", "input")
-    assert torch.equal(adapt(owner)(X), F.linear(X, owner.weight, owner.bias))
+    unchanged(owner, lambda m: m(X))
+
+
+# --- forwards that a trace would silently change --------------------------------------------------------------------
 
 
 class _VariadicKeywords(nn.Linear):
@@ -253,21 +263,6 @@ class _VariadicKeywords(nn.Linear):
 class _VariadicArguments(nn.Linear):
     def forward(self, x: Tensor, *factors: float) -> Tensor:
         return super().forward(x) * (factors[0] if factors else 1.0) if x.sum() else x
-
-
-def test_an_opaque_forward_keeps_its_variadic_keywords() -> None:
-    owner = _VariadicKeywords(12, 8)
-    before = owner(X, factor=3.0)
-    assert torch.equal(adapt(owner)(X, factor=3.0), before)
-
-
-def test_an_opaque_forward_keeps_its_variadic_arguments() -> None:
-    owner = _VariadicArguments(12, 8)
-    before = owner(X, 3.0)
-    assert torch.equal(adapt(owner)(X, 3.0), before)
-
-
-# --- forwards that a trace would silently change --------------------------------------------------------------------
 
 
 class _Optional(nn.Linear):
@@ -297,6 +292,12 @@ class _GradMode(nn.Linear):
         return y if torch.is_grad_enabled() else y * 2
 
 
+class _Full(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x, self.weight, self.bias)
+
+
 class _Detached(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -319,15 +320,10 @@ class _ReadsChild(nn.Linear):
         return super().forward(x) * self.child.factor
 
 
-class _ReadsDict(_ReadsAttribute):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) * self.__dict__["scale"]
-
-
 class _Stack(nn.Linear):
     def __init__(self, in_features: int, out_features: int, depth: int = 1) -> None:
         super().__init__(in_features, out_features)
-        self.after = nn.ModuleList(nn.Tanh() for _ in range(depth))
+        self.after = nn.ModuleList((nn.Tanh(), nn.ReLU(), nn.Tanh())[:depth])
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -336,74 +332,55 @@ class _Stack(nn.Linear):
         return y
 
 
-class _Last(nn.Linear):
-    def __init__(self, in_features: int, out_features: int, depth: int = 1) -> None:
-        super().__init__(in_features, out_features)
-        self.after = nn.ModuleList((nn.Tanh(), nn.ReLU())[:depth])
-
+class _Last(_Stack):
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.after[-1](super().forward(x))
+        y: Tensor = self.after[-1](F.linear(x, self.weight, self.bias))
         return y
 
 
-def _same(owner: nn.Module, *calls: Callable[[], Any]) -> None:
-    """Adapting with zero blocks changes no call."""
-    before = []
-    for call in calls:
-        torch.manual_seed(5)
-        before.append(call())
+def unchanged(owner: nn.Module, *calls: Callable[[nn.Module], Tensor]) -> None:
+    """Adapting with zero blocks changes no bit of a call."""
+
+    def results() -> list[Tensor]:
+        found = []
+        for call in calls:
+            torch.manual_seed(5)
+            found.append(call(owner))
+        return found
+
+    before = results()
     adapt(owner)
-    for call, expected in zip(calls, before, strict=True):
-        torch.manual_seed(5)
-        assert torch.equal(call(), expected)
+    for after, expected in zip(results(), before, strict=True):
+        assert after.dtype == expected.dtype
+        assert torch.equal(after, expected)
 
 
-def test_an_optional_argument_may_be_given_or_not() -> None:
-    owner = _Optional(12, 8)
-    _same(owner, lambda: owner(X), lambda: owner(X, torch.ones(8)))
-
-
-def test_a_type_check_of_the_input_still_happens() -> None:
-    owner = _TypeCheck(12, 8)
-    _same(owner, lambda: owner(X))
-
-
-def test_a_tensor_made_in_the_forward() -> None:
-    owner = _Constant(12, 8)
-    _same(owner, lambda: owner(X))
-
-
-def test_random_numbers_are_drawn_anew() -> None:
-    owner = _Noise(12, 8)
-    _same(owner, lambda: owner(X))
-    assert not torch.equal(owner(X), owner(X))
-
-
-def test_the_gradient_mode_is_read_at_each_call() -> None:
-    owner = _GradMode(12, 8)
-    _same(owner, lambda: owner(X), torch.no_grad()(lambda: owner(X)))
+@pytest.mark.parametrize(
+    ("kind", "calls"),
+    [
+        (_VariadicKeywords, [lambda m: m(X, factor=3.0)]),
+        (_VariadicArguments, [lambda m: m(X, 3.0)]),
+        (_Optional, [lambda m: m(X), lambda m: m(X, torch.ones(8))]),
+        (_TypeCheck, [lambda m: m(X)]),
+        (_Constant, [lambda m: m(X)]),
+        (_Noise, [lambda m: m(X)]),
+        (_GradMode, [lambda m: m(X), torch.no_grad()(lambda m: m(X))]),
+        (_Full, [torch.autocast("cpu", torch.bfloat16)(lambda m: m(X))]),
+    ],
+)
+def test_what_a_trace_would_freeze_is_decided_at_each_call(
+    kind: type[nn.Linear], calls: list[Callable[[nn.Module], Tensor]]
+) -> None:
+    owner = kind(12, 8)
+    unchanged(owner, *calls)
+    assert torch.equal(owner(X), owner(X)) == (kind is not _Noise)
 
 
 def test_a_block_without_gradients_stays_without() -> None:
-    owner = _Detached(12, 8)
-    adapt(owner)
+    owner = adapt(_Detached(12, 8))
     owner.weight.requires_grad_(True)
     owner(X).sum().backward()
     assert owner.weight.grad is None
-
-
-def test_autocast_switched_off_in_the_forward_stays_off() -> None:
-    class Full(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", enabled=False):
-                return F.linear(x, self.weight, self.bias)
-
-    owner = Full(12, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = owner(X)
-        after = adapt(owner)(X)
-    assert before.dtype == torch.float32
-    assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize(("kind", "values"), [(_ReadsChild, (1.0, 5.0)), (_Stack, (1, 3)), (_Last, (1, 2))])
@@ -413,12 +390,6 @@ def test_owners_that_differ_inside_their_children_do_not_share_a_trace(kind: Any
     mc.adapt(model, mc.MissConfig(r=4, target_modules="[01]"))
     for owner, expected in zip(model, before, strict=True):
         assert torch.equal(owner(X), expected)
-
-
-def test_an_attribute_read_through_the_dict_is_not_frozen() -> None:
-    owner = adapt(_ReadsDict(12, 8))
-    owner.scale = 7.0
-    assert torch.equal(owner(X), F.linear(X, owner.weight) * 7.0)
 
 
 # --- the module is not changed --------------------------------------------------------------------------------------
@@ -436,83 +407,57 @@ def test_tracing_and_probing_change_nothing(kind: type[nn.Module]) -> None:
     assert all(torch.equal(value, tensors[name]) for name, value in owner.state_dict().items())
 
 
-class _Counts(nn.Linear):
+class _Writes(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("largest", torch.zeros(()))
+        self.last: Tensor | None = None
+        self.seen: list[Tensor] = []
 
+
+class _Counts(_Writes):
     def forward(self, x: Tensor) -> Tensor:
         self.calls.add_(1)
         return super().forward(x)
 
 
-class _Observes(nn.Linear):
+class _Observes(_Writes):
     """A range observer, as quantisation-aware training has it."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.register_buffer("largest", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         self.largest = torch.maximum(self.largest, x.detach().abs().max())
         return super().forward(x)
 
 
-class _Remembers(nn.Linear):
+class _Remembers(_Writes):
     def forward(self, x: Tensor) -> Tensor:
         self.last = x
         return super().forward(x)
 
 
-class _Collects(nn.Linear):
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.seen: list[Tensor] = []
-
+class _Collects(_Writes):
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(x)
         return super().forward(x)
 
 
-@pytest.mark.parametrize(("kind", "buffer"), [(_Counts, "calls"), (_Observes, "largest")])
-def test_a_probe_writes_no_buffer(kind: type[nn.Module], buffer: str) -> None:
+@pytest.mark.parametrize("kind", [_Counts, _Observes, _Remembers, _Collects])
+def test_what_a_forward_writes_is_written_by_calls_and_by_nothing_else(kind: type[_Writes]) -> None:
     owner = kind(12, 8)
-    held = owner.get_buffer(buffer)
+    held = dict(owner._buffers)
     assert probe_opaque(owner, kind, (12, 8)) is None
-    assert owner.get_buffer(buffer) is held
-    assert held == 0
-
-
-def test_a_buffer_written_in_place_is_written_by_calls_and_by_nothing_else() -> None:
-    owner = adapt(_Counts(12, 8))
-    assert owner.calls == 0
+    adapt(owner)
+    assert all(owner._buffers[name] is buffer for name, buffer in held.items())
+    assert (owner.calls, owner.largest, owner.last, owner.seen) == (0, 0, None, [])
     owner(X)
-    assert owner.calls == 1
+    assert owner.calls == (kind is _Counts)
+    assert owner.largest == (X.abs().max() if kind is _Observes else 0)
+    assert owner.last is (X if kind is _Remembers else None)
+    assert [x is X for x in owner.seen] == [True] * (kind is _Collects)
 
 
-def test_a_buffer_assigned_in_the_forward_is_assigned_by_calls_and_by_nothing_else() -> None:
-    owner = adapt(_Observes(12, 8))
-    assert type(owner.largest) is Tensor
-    assert owner.largest == 0
-    owner(X)
-    assert owner.largest == X.abs().max()
-
-
-def test_an_attribute_set_in_the_forward_is_still_set() -> None:
-    owner = adapt(_Remembers(12, 8))
-    assert not hasattr(owner, "last")
-    owner(X)
-    assert owner.last is X
-
-
-def test_a_list_filled_in_the_forward_holds_inputs_only() -> None:
-    owner = adapt(_Collects(12, 8))
-    assert owner.seen == []
-    owner(X)
-    assert owner.seen == [X]
-
-
-# --- probe_opaque and require_linear_output -------------------------------------------------------------------------
+# --- what is no linear ----------------------------------------------------------------------------------------------
 
 
 class _ReturnsTuple(nn.Linear):
@@ -570,20 +515,17 @@ def test_a_router_that_returns_a_tuple_is_refused_by_name_and_skipped_by_all_lin
 
 
 def test_an_output_that_only_the_run_shows_to_be_no_linear_s() -> None:
-    owner = adapt(_ReturnsTuple(12, 8))
-    with pytest.raises(
-        mc.UnsupportedModuleError, match=r"last dimension is 8, found a tuple: exclude it from target_modules"
-    ):
-        owner(X.abs())
+    text = "an adapted _ReturnsTuple should .* last dimension is 8, found a tuple: exclude it from target_modules"
+    with pytest.raises(mc.UnsupportedModuleError, match=text):
+        adapt(_ReturnsTuple(12, 8))(X.abs())
 
 
-def test_require_linear_output() -> None:
+def test_what_an_opaque_call_may_return() -> None:
     y = torch.ones(2, 8)
-    assert require_linear_output(y, 8) is y
-    with pytest.raises(mc.UnsupportedModuleError, match=r"found a tensor of shape \(2, 8\)"):
-        require_linear_output(y, 9)
-    with pytest.raises(mc.UnsupportedModuleError, match="found a NoneType"):
-        require_linear_output(None, 8)
+    assert call_opaque(lambda x: x, 8, y, (), {}) is y
+    for returned, width, found in ((y, 9, r"a tensor of shape \(2, 8\)"), (None, 8, "a NoneType"), (y.sum(), 8, r"shape \(\)")):
+        with pytest.raises(mc.UnsupportedModuleError, match=f"an adapted module should .* found .*{found}"):
+            call_opaque(lambda x, result=returned: result, width, X, (), {})
 
 
 @pytest.mark.parametrize("init_weights", VARIANTS)
