@@ -57,71 +57,86 @@ def reasons(scope: Scope) -> list[tuple[str, str]]:
 
 
 def find(owner: nn.Module) -> list[Site]:
-    """The sites of an owner of 12 inputs and 8 outputs, unless all of them are opaque."""
+    """The sites of an owner of 12 inputs and 8 outputs that can be traced."""
     scope = trace_owner(owner, type(owner), (12, 8))
     assert scope.opaque is None
     return searched(scope).sites
 
 
-class _Keywords(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
+class Forwards:
+    """What an owner may compute of its weight, which is `(in, out)` below a `_Turned`."""
+
+    def keywords(self: Any, x: Tensor) -> Tensor:
         return F.linear(bias=self.bias, weight=self.weight, input=x)
+
+    def addmm_keywords(self: Any, x: Tensor) -> Tensor:
+        return torch.addmm(mat2=self.weight, input=self.bias, mat1=x)
+
+    def product(self: Any, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+    def residual(self: Any, x: Tensor, residual: Tensor) -> Tensor:
+        return torch.addmm(residual, x, self.weight)
+
+    def addmm_t(self: Any, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight.t())
+
+    def product_T(self: Any, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+    def twice(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + F.linear(x.flip(-1), self.weight)
+
+    def other_weight(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.other) + F.linear(x, self.weight)
+
+    def given(self: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)  # an adapter on `self.weight` would act on somebody else's product
+
+    def child(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(x))  # a child module called `weight` is not the weight
+
+    def computed(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.abs())
+
+    def scaled(self: Any, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight, beta=2)
+
+    def swapped(self: Any, x: Tensor) -> Tensor:
+        return F.linear(self.weight, x)
+
+    def other_way(self: Any, x: Tensor) -> Tensor:
+        return x @ self.weight  # it takes as many inputs as the owner says it has outputs
 
 
 class _Turned(nn.Module):
-    """A linear that stores its weight as `(in, out)`."""
-
-    def __init__(self, in_features: int = 12, out_features: int = 8) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.nx, self.nf = in_features, out_features
         self.weight = nn.Parameter(torch.randn(in_features, out_features))
         self.bias = nn.Parameter(torch.randn(out_features))
 
 
-class _AddmmKeywords(_Turned):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(mat2=self.weight, input=self.bias, mat1=x)
-
-
-class _Product(_Turned):
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-class _Residual(_Turned):
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return torch.addmm(residual, x, self.weight)
-
-
-class _Transposed(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight.t())
-
-
-class _Matmul(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + self.bias
+def owner(name: str, base: type[nn.Module] = nn.Linear) -> nn.Module:
+    """A module of 12 inputs and 8 outputs with one of the `Forwards`."""
+    made: nn.Module = type(name, (base,), {"forward": vars(Forwards)[name]})(12, 8)
+    return made
 
 
 T = (("t",),)
+PARAMETRIZED = (F.linear, "input", "parametrizations.weight", "out_in", (), "bias", True)
 OWNERS: dict[str, tuple[Callable[[], nn.Module], tuple[object, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (F.linear, "input", "weight", "out_in", (), "bias", True)),
     "no bias": (lambda: nn.Linear(12, 8, bias=False), (F.linear, "input", "weight", "out_in", (), None, True)),
-    "keywords": (lambda: _Keywords(12, 8), (F.linear, "x", "weight", "out_in", (), "bias", True)),
+    "keywords": (lambda: owner("keywords"), (F.linear, "x", "weight", "out_in", (), "bias", True)),
     "Conv1D": (lambda: Conv1D(8, 12), (torch.addmm, "view", "weight", "in_out", T, "bias", True)),
-    "addmm keywords": (_AddmmKeywords, (torch.addmm, "x", "weight", "in_out", T, "bias", True)),
-    "product": (_Product, (operator.matmul, "x", "weight", "in_out", T, None, True)),
-    "residual": (_Residual, (torch.addmm, "x", "weight", "in_out", T, "residual", False)),
-    "addmm of t": (lambda: _Transposed(12, 8), (torch.addmm, "x", "t", "in_out", T + T, "bias", True)),
-    "product with T": (lambda: _Matmul(12, 8), (operator.matmul, "x", getattr, "in_out", T + T, None, True)),
-    "weight_norm": (
-        lambda: parametrizations.weight_norm(nn.Linear(12, 8)),
-        (F.linear, "input", "parametrizations.weight", "out_in", (), "bias", True),
-    ),
-    "orthogonal": (
-        lambda: parametrizations.orthogonal(nn.Linear(12, 8)),
-        (F.linear, "input", "parametrizations.weight", "out_in", (), "bias", True),
-    ),
+    "addmm": (lambda: owner("addmm_keywords", _Turned), (torch.addmm, "x", "weight", "in_out", T, "bias", True)),
+    "product": (lambda: owner("product", _Turned), (operator.matmul, "x", "weight", "in_out", T, None, True)),
+    "residual": (lambda: owner("residual", _Turned), (torch.addmm, "x", "weight", "in_out", T, "residual", False)),
+    "addmm of t": (lambda: owner("addmm_t"), (torch.addmm, "x", "t", "in_out", T + T, "bias", True)),
+    "product with T": (lambda: owner("product_T"), (operator.matmul, "x", getattr, "in_out", T + T, None, True)),
+    "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(12, 8)), PARAMETRIZED),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(12, 8)), PARAMETRIZED),
 }
 
 
@@ -144,87 +159,36 @@ def test_an_opaque_call_is_a_site_without_a_weight() -> None:
     assert (site.in_features, site.out_features, site.is_whole) == (12, 8, False)
 
 
-class _Twice(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + F.linear(x.flip(-1), self.weight)
-
-
 def test_every_call_of_one_weight_is_a_site_and_finding_again_starts_anew() -> None:
-    scope = trace_owner(_Twice(12, 8), _Twice, (12, 8))
+    twice = owner("twice")
+    scope = trace_owner(twice, type(twice), (12, 8))
     for _ in range(2):
         searched(scope)
         assert [site.x.target for site in scope.sites] == ["x", "flip"]
         assert [site.node for site in scope.sites] == [n for n in scope.graph.nodes if n.target is F.linear]
 
 
-class _OtherWeight(nn.Linear):
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.other = nn.Parameter(torch.ones(out_features, in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.other) + F.linear(x, self.weight)
-
-
 def test_another_parameter_is_no_site() -> None:
-    (site,) = find(_OtherWeight(12, 8))
+    two = owner("other_weight")
+    two.other = nn.Parameter(torch.ones(8, 12))
+    (site,) = find(two)
     assert site.weight is not None
     assert site.weight.target == "weight"
 
 
-class _Given(nn.Linear):
-    """Its weight is an argument: an adapter on `self.weight` would act on somebody else's product."""
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-
-class _Child(nn.Linear):
-    """A child module called `weight` is not the weight."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        del self.weight
-        self.weight = nn.Flatten()  # type: ignore[assignment]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight(x))  # type: ignore[operator]
+@pytest.mark.parametrize("name", ["given", "child", "computed", "scaled", "swapped", "other_way"])
+def test_nothing_to_find(name: str) -> None:
+    nothing = owner(name, _Turned if name == "scaled" else nn.Linear)
+    if name == "child":
+        del nothing.weight
+        nothing.weight = nn.Flatten()
+    assert find(nothing) == []
 
 
-class _Computed(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.abs())
-
-
-class _Weighted(_AddmmKeywords):
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight, beta=2)
-
-
-class _Swapped(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.weight, x)
-
-
-class _OtherWay(nn.Linear):
-    """A product that takes as many inputs as the owner says it has outputs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
-
-
-@pytest.mark.parametrize("kind", [_Given, _Child, _Computed, _Weighted, _Swapped, _OtherWay])
-def test_nothing_to_find(kind: Callable[[int, int], nn.Module]) -> None:
-    assert find(kind(12, 8)) == []
-
-
-@pytest.mark.parametrize("kind", [_Transposed, _Matmul, _AddmmKeywords, _Product])
+@pytest.mark.parametrize("case", ["addmm", "product", "addmm of t", "product with T"])
 @pytest.mark.parametrize("init_weights", VARIANTS)
-def test_a_product_in_any_spelling_takes_a_block_that_can_be_merged(kind: Any, init_weights: Any) -> None:
-    model, x = adapted(nn.Sequential(kind(12, 8)), init_weights, target_modules=["0"]), torch.randn(3, 12)
+def test_a_product_in_any_spelling_takes_a_block_that_can_be_merged(case: str, init_weights: Any) -> None:
+    model, x = adapted(nn.Sequential(OWNERS[case][0]()), init_weights, target_modules=["0"]), torch.randn(3, 12)
     weight = matrix_of(model[0])
     updated = weight + reference_delta(init_weights, model[0].miss_block_default, weight)
     expected = F.linear(x.double(), updated, model[0].bias.double())
@@ -395,131 +359,101 @@ class Buffered(nn.Module):
 CONSTANT = torch.randn(OUT, IN, dtype=torch.float64)
 
 
-class Constant(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, CONSTANT)
-
-
+STACK = (3, IN, OUT)
 STACKED = "its weight is a stack of fused weights, not a linear"
-NO_EINSUM = "which is not one matrix for every position"
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "buffer": (lambda: Model(Buffered()), r"its weight 'proj.table' is a buffer or a constant, not a parameter"),
-    "constant": (lambda: Model(Constant()), r"its weight '\w*\.?\w*tensor_\w*0' is a buffer or a constant, not a parameter"),
-    "computed": (
-        lambda: holder(lambda w, b, x: F.linear(x, w * 2)),
-        r"its weight is computed by 'mul' \(mul(\.Tensor)?\), so that a block could not be merged into it",
-    ),
-    "computed product": (
-        lambda: holder(lambda w, b, x: x @ (w * 2).t()),
-        r"its weight is computed by 'mul' \(mul(\.Tensor)?\), so that a block could not be merged into it",
-    ),
+LEFT = "its weight is the left side of the product, and a linear's is the right one"
+SCALED = "its product is scaled by the beta or alpha of addmm"
+CONSTANT_WEIGHT = "is a buffer or a constant, not a parameter"
+NO_MERGE = "so that a block could not be merged into it"
+
+
+def computed(name: str, target: str) -> str:
+    return rf"its weight is computed by '{name}' \({target}\), {NO_MERGE}"
+
+
+def stopped(name: str) -> str:
+    return rf"no gradient comes back to it past '{name}' \((aten.)?{name}(.default)?\)"
+
+
+def no_matrix(equation: str) -> str:
+    return f"its weight goes into the einsum '{equation}', which is not one matrix for every position"
+
+
+Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
+REFUSED: dict[str, tuple[Rule, tuple[int, ...], str]] = {
+    "constant": (lambda w, b, x: F.linear(x, CONSTANT), (OUT, IN), rf"its weight '\w*\.?\w*tensor_\w*0' {CONSTANT_WEIGHT}"),
+    "computed": (lambda w, b, x: F.linear(x, w * 2), (OUT, IN), computed("mul", r"mul(\.Tensor)?")),
+    "computed product": (lambda w, b, x: x @ (w * 2).t(), (OUT, IN), computed("mul", r"mul(\.Tensor)?")),
+    "computed, then viewed": (lambda w, b, x: F.linear(x, (w + 1).t()), (IN, OUT), computed("add", r"add(\.Tensor)?")),
     "changed in place": (
-        lambda: holder(mutating),
+        mutating,
+        (OUT, IN),
         r"its weight 'proj.weight' is changed in place by 'mul_(_1)?'; take that out of the forward",
     ),
-    "detached": (
-        lambda: holder(lambda w, b, x: F.linear(x, w, b).detach()),
-        r"no gradient comes back to it past 'detach' \((aten.)?detach(.default)?\)",
-    ),
-    "argmax": (
-        lambda: holder(lambda w, b, x: F.linear(x, w, b).argmax(-1)),
-        r"no gradient comes back to it past 'argmax' \((aten.)?argmax(.default)?\)",
-    ),
+    "detached": (lambda w, b, x: F.linear(x, w, b).detach(), (OUT, IN), stopped("detach")),
+    "argmax": (lambda w, b, x: F.linear(x, w, b).argmax(-1), (OUT, IN), stopped("argmax")),
     "not used": (
-        lambda: holder(lambda w, b, x: (F.linear(x, w, b), x)[1]),
-        r"no gradient comes back to it past the end of the graph, which does not use it",
+        lambda w, b, x: (F.linear(x, w, b), x)[1],
+        (OUT, IN),
+        "no gradient comes back to it past the end of the graph, which does not use it",
     ),
-    "stacked matmul": (lambda: holder(lambda w, b, x: x @ w, (3, IN, OUT)), STACKED),
-    "stacked bmm": (lambda: holder(lambda w, b, x: torch.bmm(x, w), (3, IN, OUT)), STACKED),
-    "stacked baddbmm": (lambda: holder(lambda w, b, x: torch.baddbmm(x[..., :1], x, w), (3, IN, OUT)), STACKED),
-    "stacked einsum": (
-        lambda: holder(lambda w, b, x: torch.einsum("eti,eio->eto", x, w), (3, IN, OUT)),
-        f"its weight goes into the einsum 'eti,eio->eto', {NO_EINSUM}",
-    ),
-    "einsum of heads": (
-        lambda: holder(lambda w, b, x: torch.einsum("bti,hdi->bthd", x, w), (3, 4, IN)),
-        f"its weight goes into the einsum 'bti,hdi->bthd', {NO_EINSUM}",
-    ),
-    "vector": (lambda: holder(lambda w, b, x: x @ w, (IN,)), "its weight is a vector"),
-    "weight on the left": (
-        lambda: holder(lambda w, b, x: w @ x.transpose(1, 2)),
-        "its weight is the left side of the product, and a linear's is the right one",
-    ),
-    "weight on the left of an einsum": (
-        lambda: holder(lambda w, b, x: torch.einsum("bi,oi->ob", x[0], w)),
-        "its weight is the left side of the product, and a linear's is the right one",
-    ),
-    "einsum of three": (
-        lambda: holder(lambda w, b, x: torch.einsum("bti,oi,o->bto", x, w, b)),
-        f"its weight goes into the einsum 'bti,oi,o->bto', {NO_EINSUM}",
-    ),
-    "einsum without an arrow": (
-        lambda: holder(lambda w, b, x: torch.einsum("bi,oi", x[0], w)),
-        f"its weight goes into the einsum 'bi,oi', {NO_EINSUM}",
-    ),
-    "einsum over the positions": (
-        lambda: holder(lambda w, b, x: torch.einsum("bti,ot->boi", x, w), (OUT, 5)),
-        f"its weight goes into the einsum 'bti,ot->boi', {NO_EINSUM}",
-    ),
-    "einsum diagonal": (
-        lambda: holder(lambda w, b, x: torch.einsum("bti,ii->bti", x, w), (IN, IN)),
-        f"its weight goes into the einsum 'bti,ii->bti', {NO_EINSUM}",
-    ),
-    "computed, then viewed": (
-        lambda: holder(lambda w, b, x: F.linear(x, (w + 1).t()), (IN, OUT)),
-        r"its weight is computed by 'add' \(add(\.Tensor)?\), so that a block could not be merged into it",
-    ),
+    "stacked matmul": (lambda w, b, x: x @ w, STACK, STACKED),
+    "stacked bmm": (lambda w, b, x: torch.bmm(x, w), STACK, STACKED),
+    "stacked baddbmm": (lambda w, b, x: torch.baddbmm(x[..., :1], x, w), STACK, STACKED),
+    "stacked einsum": (lambda w, b, x: torch.einsum("eti,eio->eto", x, w), STACK, no_matrix("eti,eio->eto")),
+    "einsum of heads": (lambda w, b, x: torch.einsum("bti,hdi->bthd", x, w), (3, 4, IN), no_matrix("bti,hdi->bthd")),
+    "vector": (lambda w, b, x: x @ w, (IN,), "its weight is a vector"),
+    "weight on the left": (lambda w, b, x: w @ x.transpose(1, 2), (OUT, IN), LEFT),
+    "weight on the left of an einsum": (lambda w, b, x: torch.einsum("bi,oi->ob", x[0], w), (OUT, IN), LEFT),
+    "einsum of three": (lambda w, b, x: torch.einsum("bti,oi,o->bto", x, w, b), (OUT, IN), no_matrix("bti,oi,o->bto")),
+    "einsum without an arrow": (lambda w, b, x: torch.einsum("bi,oi", x[0], w), (OUT, IN), no_matrix("bi,oi")),
+    "einsum over the positions": (lambda w, b, x: torch.einsum("bti,ot->boi", x, w), (OUT, 5), no_matrix("bti,ot->boi")),
+    "einsum diagonal": (lambda w, b, x: torch.einsum("bti,ii->bti", x, w), (IN, IN), no_matrix("bti,ii->bti")),
     "columns": (
-        lambda: holder(lambda w, b, x: F.linear(x, w[:, :IN]), (OUT, 2 * IN)),
-        r"its weight is computed by '(getitem|slice_1)' \((getitem|slice.Tensor)\), so that a block could not be merged .*",
+        lambda w, b, x: F.linear(x, w[:, :IN]),
+        (OUT, 2 * IN),
+        computed("(getitem|slice_1)", "(getitem|slice.Tensor)"),
     ),
     "chunk of columns": (
-        lambda: holder(lambda w, b, x: F.linear(x, w.chunk(2, 1)[0]), (OUT, 2 * IN)),
+        lambda w, b, x: F.linear(x, w.chunk(2, 1)[0]),
+        (OUT, 2 * IN),
         r"its weight is cut by 'chunk' \(chunk(\.default)?\) along its inputs",
     ),
     "split of columns": (
-        lambda: holder(lambda w, b, x: F.linear(x, torch.split(w, IN, dim=1)[1]), (OUT, 2 * IN)),
+        lambda w, b, x: F.linear(x, torch.split(w, IN, dim=1)[1]),
+        (OUT, 2 * IN),
         r"its weight is cut by 'split' \(split(\.Tensor)?\) along its inputs",
     ),
     "every second row": (
-        lambda: holder(lambda w, b, x: F.linear(x, w[::2]), (2 * OUT, IN)),
+        lambda w, b, x: F.linear(x, w[::2]),
+        (2 * OUT, IN),
         r"its weight is (a part of a parameter that 'getitem' \(getitem\) does not fix|computed by 'slice_1' .*)",
     ),
-    "three dimensions": (
-        lambda: holder(lambda w, b, x: x @ w.transpose(1, 2), (3, OUT, IN)),
-        r"its weight is computed by 'transpose' \(transpose(\.int)?\), so that a block could not be merged into it",
-    ),
+    "three dimensions": (lambda w, b, x: x @ w.transpose(1, 2), (3, OUT, IN), computed("transpose", r"transpose(\.int)?")),
     "a copy that is no view": (
-        lambda: holder(lambda w, b, x: F.linear(x, w.t().reshape(OUT, IN))),
+        lambda w, b, x: F.linear(x, w.t().reshape(OUT, IN)),
+        (OUT, IN),
         r"its weight is no view of the parameter 'proj.weight' \(view size is not compatible.*",
     ),
     "rows by a number of the input": (
-        lambda: holder(lambda w, b, x: F.linear(x, w[: x.shape[1]])),
+        lambda w, b, x: F.linear(x, w[: x.shape[1]]),
+        (OUT, IN),
         r"its weight is a part of a parameter that 'getitem_1' \(getitem\) does not fix",
     ),
     "view by a number of the input": (
-        lambda: holder(lambda w, b, x: F.linear(x, w.view(OUT, x.shape[-1])), (3, 4, IN)),
+        lambda w, b, x: F.linear(x, w.view(OUT, x.shape[-1])),
+        (3, 4, IN),
         r"its weight is viewed by 'view' \(view\) in a shape that the graph does not fix",
     ),
-    "transposed in three dimensions": (
-        lambda: holder(lambda w, b, x: x @ w.transpose(0, 1)[0], (IN, 3, OUT)),
-        r"its weight is .*",
-    ),
+    "transposed in three dimensions": (lambda w, b, x: x @ w.transpose(0, 1)[0], (IN, 3, OUT), r"its weight is .*"),
     "two forms that overlap": (
-        lambda: holder(lambda w, b, x: F.linear(torch.tanh(F.linear(x, w)), w.t())),
+        lambda w, b, x: F.linear(torch.tanh(F.linear(x, w)), w.t()),
+        (OUT, IN),
         "its weight is read in 2 forms that overlap, which one block cannot serve",
     ),
-    "scaled by beta": (
-        lambda: holder(lambda w, b, x: torch.addmm(b, x[0], w, beta=0), (IN, OUT)),
-        "its product is scaled by the beta or alpha of addmm",
-    ),
-    "scaled addmm": (
-        lambda: holder(lambda w, b, x: torch.addmm(b, x[0], w, alpha=2.0), (IN, OUT)),
-        "its product is scaled by the beta or alpha of addmm",
-    ),
+    "scaled by beta": (lambda w, b, x: torch.addmm(b, x[0], w, beta=0), (IN, OUT), SCALED),
+    "scaled addmm": (lambda w, b, x: torch.addmm(b, x[0], w, alpha=2.0), (IN, OUT), SCALED),
 }
-
-
 FIXED_BY_EXPORT = ("rows by a number of the input", "view by a number of the input")
 
 
@@ -527,8 +461,13 @@ FIXED_BY_EXPORT = ("rows by a number of the input", "view by a number of the inp
     ("case", "tracer"), [(c, t) for c in REFUSED for t in TRACERS if not (t == "export" and c in FIXED_BY_EXPORT)]
 )
 def test_refuses_with_the_reason(case: str, tracer: str) -> None:
-    make, reason = REFUSED[case]
-    refuse(TRACERS[tracer](make(), X), "proj", reason)
+    rule, shape, reason = REFUSED[case]
+    refuse(TRACERS[tracer](holder(rule, shape), X), "proj", reason)
+
+
+@both_tracers
+def test_refuses_a_buffer(tracer: str) -> None:
+    refuse(TRACERS[tracer](Model(Buffered()), X), "proj", f"its weight 'proj.table' {CONSTANT_WEIGHT}")
 
 
 def refuse(graph: Any, name: str, reason: str) -> None:
@@ -645,6 +584,10 @@ def attend(w: Tensor, b: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("bts,bsi->bti", scores, x) + torch.bmm(scores, x) + w[0] * x
 
 
+def convolution(transposed: bool, groups: int) -> Rule:
+    return lambda w, b, x: torch.convolution(x, w, b, [1], [0], [1], transposed, [0], groups)
+
+
 UNTOLD: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "products of data with data": (lambda: holder(attend), X),
     "3×3 convolution": (lambda: Model(nn.Conv2d(IN, OUT, 3).double()), IMAGE),
@@ -654,14 +597,8 @@ UNTOLD: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "transposed convolution": (lambda: Model(nn.ConvTranspose2d(IN, OUT, 1).double()), IMAGE),
     "F.conv1d grouped": (lambda: holder(lambda w, b, x: F.conv1d(x, w, groups=2), (OUT, IN // 2, 1)), ROW),
     "F.conv1d padded": (lambda: holder(lambda w, b, x: F.conv1d(x, w, padding=1), (OUT, IN, 1)), ROW),
-    "transposed by torch.convolution": (
-        lambda: holder(lambda w, b, x: torch.convolution(x, w, b, [1], [0], [1], True, [0], 1), (IN, OUT, 1)),
-        ROW,
-    ),
-    "grouped by torch.convolution": (
-        lambda: holder(lambda w, b, x: torch.convolution(x, w, b, [1], [0], [1], False, [0], 2), (OUT, IN // 2, 1)),
-        ROW,
-    ),
+    "transposed by torch.convolution": (lambda: holder(convolution(True, 1), (IN, OUT, 1)), ROW),
+    "grouped by torch.convolution": (lambda: holder(convolution(False, 2), (OUT, IN // 2, 1)), ROW),
     "product with a number": (lambda: holder(lambda w, b, x: x * 2 + w, (5, IN)), X),
     "normalisation": (lambda: Model(nn.LayerNorm(IN).double()), X),
 }
