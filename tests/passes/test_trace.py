@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections.abc import Callable
@@ -23,6 +24,141 @@ from misscompile.record.words import Scope
 
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
 FOREIGN = "its instance attribute `forward` was set by other code"
+
+
+class Forwards:
+    """What an `_Owner` may compute: a trace would freeze, lose or not follow some of each."""
+
+    def branches(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if x.sum() > 0 else F.linear(-x, self.weight)
+
+    def reads_training(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * (1.0 if self.training else 0.5)
+
+    def passes_training(self: Any, x: Tensor) -> Tensor:
+        return F.dropout(F.linear(x, self.weight), 0.0, self.training)
+
+    def reads_attribute(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * self.scale
+
+    def reads_by_name(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * getattr(self, "sca" + "le")
+
+    def reads_in_helper(self: Any, x: Tensor) -> Tensor:
+        return self._rescale(F.linear(x, self.weight))  # type: ignore[no-any-return]
+
+    def reads_dict(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * self.__dict__["scale"]
+
+    def reads_child(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * self.child.factor
+
+    def stack(self: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        for module in self.after:
+            y = module(y) + y
+        return y
+
+    def last(self: Any, x: Tensor) -> Tensor:
+        return self.after[-1](F.linear(x, self.weight))  # type: ignore[no-any-return]
+
+    def not_its_weight(self: Any, x: Tensor) -> Tensor:
+        return x @ self.weight.abs().T
+
+    def variadic_keywords(self: Any, x: Tensor, **options: float) -> Tensor:
+        return F.linear(x, self.weight) * options.get("factor", 1.0) if x.ndim else x
+
+    def variadic_arguments(self: Any, x: Tensor, *factors: float) -> Tensor:
+        return F.linear(x, self.weight) * (factors[0] if factors else 1.0) if x.sum() else x
+
+    def optional(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight)
+        return y if residual is None else y + residual
+
+    def type_check(self: Any, x: Any) -> Tensor:
+        return F.linear(x if isinstance(x, Tensor) else x * 2, self.weight)  # a proxy is no tensor
+
+    def constant(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * torch.tensor(2.0)
+
+    def noise(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + torch.randn(self.out_features)
+
+    def gradient_mode(self: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        return y if torch.is_grad_enabled() else y * 2
+
+    def full_precision(self: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x, self.weight, self.bias)
+
+    def detached(self: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = F.linear(x, self.weight)
+        return y + self.bias  # type: ignore[no-any-return]
+
+    def counts(self: Any, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return F.linear(x, self.weight)
+
+    def observes(self: Any, x: Tensor) -> Tensor:
+        self.largest = torch.maximum(self.largest, x.detach().abs().max())  # as quantisation-aware training has it
+        return F.linear(x, self.weight)
+
+    def remembers(self: Any, x: Tensor) -> Tensor:
+        self.last_input = x
+        return F.linear(x, self.weight)
+
+    def collects(self: Any, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return F.linear(x, self.weight)
+
+    def returns_tuple(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.sum() < 0:
+            raise ValueError
+        return F.linear(x, self.weight), self.bias
+
+    def grouped(self: Any, x: Tensor) -> Tensor:
+        return (x * self.weight[0]).unflatten(-1, (int(x.shape[-1] / 3), 3))  # type: ignore[no-any-return]
+
+    def two_inputs(self: Any, x: Tensor, index: Tensor) -> Tensor:
+        return F.linear(x[index], self.weight)
+
+    def looks_at_values(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * float(x.max())
+
+
+class _Factor(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+
+class _Owner(nn.Linear):
+    scale = 3.0
+
+    def __init__(self, value: int = 1) -> None:
+        super().__init__(12, 8)
+        self.scale = 2.0
+        self.child = _Factor(value)
+        self.after = nn.ModuleList((nn.Tanh(), nn.ReLU(), nn.Tanh())[:value])
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("largest", torch.zeros(()))
+        self.last_input: Tensor | None = None
+        self.seen: list[Tensor] = []
+
+    def _rescale(self, y: Tensor) -> Tensor:
+        return y * self.scale
+
+
+@functools.cache
+def kind_of(name: str) -> Any:
+    return type(name, (_Owner,), {"forward": vars(Forwards)[name]})
+
+
+def make(name: str, value: int = 1) -> Any:
+    """An owner with one of the `Forwards`."""
+    return kind_of(name)(value)
 
 
 def trace(owner: nn.Module, foreign: Callable[..., Any] | None = None) -> Scope:
@@ -68,9 +204,9 @@ def _parametrized() -> nn.Module:
 class _Scaled(nn.Linear):
     """A subclass whose own code needs nothing but tensors, children and its shape."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.gain = nn.Parameter(torch.rand(out_features))
+    def __init__(self) -> None:
+        super().__init__(12, 8)
+        self.gain = nn.Parameter(torch.rand(8))
         self.act = nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,18 +215,18 @@ class _Scaled(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("make", "target", "children"),
+    ("build", "target", "children"),
     [
         (lambda: nn.Linear(12, 8), F.linear, []),
         (lambda: Conv1D(8, 12), torch.addmm, []),
         (_parametrized, F.linear, ["parametrizations.weight"]),
-        (lambda: _Scaled(12, 8), F.linear, ["act"]),
+        (_Scaled, F.linear, ["act"]),
     ],
 )
 def test_a_trace_computes_what_its_owner_does_and_calls_a_child_as_one_node(
-    make: Callable[[], nn.Module], target: Any, children: list[str]
+    build: Callable[[], nn.Module], target: Any, children: list[str]
 ) -> None:
-    owner = make()
+    owner = build()
     nn.init.normal_(owner.bias)
     scope = trace(owner)
     assert scope.opaque is None
@@ -107,7 +243,7 @@ def test_a_scope_has_the_shapes_of_its_owner_and_none_of_its_values() -> None:
 
 
 def test_children_and_super_calls_are_traced_and_the_update_lands_before_what_follows() -> None:
-    owner = fill_blocks(adapt(_Scaled(12, 8)))
+    owner = fill_blocks(adapt(_Scaled()))
     delta = reference_delta(True, owner.miss_block_default, owner.weight)
     expected = torch.tanh(F.linear(X.double(), owner.weight.double() + delta, owner.bias.double())) * owner.gain.double()
     assert max_error(owner(X), expected) < 1e-6
@@ -116,63 +252,19 @@ def test_children_and_super_calls_are_traced_and_the_update_lands_before_what_fo
 # --- what stays opaque, and the text of the reason ------------------------------------------------------------------
 
 
-class _Branches(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.sum() > 0 else super().forward(-x)
-
-
-class _ReadsTraining(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1.0 if self.training else 0.5)
-
-
-class _ReadsAttribute(nn.Linear):
-    scale = 3.0
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.scale = 2.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale
-
-
-class _ReadsByName(_ReadsAttribute):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) * getattr(self, "sca" + "le")
-
-
-class _ReadsInHelper(_ReadsAttribute):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._rescale(F.linear(x, self.weight))
-
-    def _rescale(self, y: Tensor) -> Tensor:
-        return y * self.scale
-
-
-class _ReadsDict(_ReadsAttribute):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) * self.__dict__["scale"]
-
-
-class _PassesTraining(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(super().forward(x), 0.0, self.training)
-
-
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("name", "reason"),
     [
-        (_Branches, "chooses by `super().forward(x) if x.sum() > 0"),
-        (_ReadsTraining, "chooses by `1.0 if self.training else 0.5`"),
-        (_PassesTraining, "reads self.training"),
-        (_ReadsAttribute, "reads self.scale"),
-        (_ReadsByName, "calls getattr"),
-        (_ReadsInHelper, "calls self._rescale"),
+        ("branches", "chooses by `F.linear(x, self.weight) if x.sum() > 0"),
+        ("reads_training", "chooses by `1.0 if self.training else 0.5`"),
+        ("passes_training", "reads self.training"),
+        ("reads_attribute", "reads self.scale"),
+        ("reads_by_name", "calls getattr"),
+        ("reads_in_helper", "calls self._rescale"),
     ],
 )
-def test_a_forward_that_python_decides_is_opaque(kind: type[nn.Linear], reason: str) -> None:
-    owner = kind(12, 8)
+def test_a_forward_that_python_decides_is_opaque(name: str, reason: str) -> None:
+    owner = make(name)
     scope = trace(owner)
     assert scope.opaque is not None
     assert reason in scope.opaque
@@ -191,25 +283,20 @@ def test_a_forward_that_python_decides_is_opaque(kind: type[nn.Linear], reason: 
     assert max_error(owner(-X) - before[1], -update) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [_ReadsAttribute, _ReadsByName, _ReadsInHelper, _ReadsDict])
-def test_an_attribute_of_an_opaque_owner_still_counts_after_adapting(kind: type[nn.Linear]) -> None:
-    owner = adapt(kind(12, 8))
-    base = owner(X) / 2.0
-    owner.scale = 4.0
-    assert torch.equal(owner(X), base * 4.0)
+@pytest.mark.parametrize("name", ["reads_attribute", "reads_by_name", "reads_in_helper", "reads_dict"])
+def test_an_attribute_of_an_opaque_owner_still_counts_after_adapting(name: str) -> None:
+    owner = adapt(make(name))
+    assert torch.equal(owner(X), F.linear(X, owner.weight) * 2.0)
+    owner.scale = 7.0
+    assert torch.equal(owner(X), F.linear(X, owner.weight) * 7.0)
 
 
 def test_the_old_spectral_norm_is_opaque_because_a_hook_writes_its_weight() -> None:
     assert trace(spectral_norm(nn.Linear(12, 8))).opaque == "its forward makes a tensor, which a trace would freeze"
 
 
-class _NotItsWeight(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.abs().T
-
-
 def test_a_weight_that_is_not_called_as_a_linear_is_opaque_and_cannot_be_merged() -> None:
-    owner = fill_blocks(adapt(_NotItsWeight(12, 8)))
+    owner = fill_blocks(adapt(make("not_its_weight")))
     reason = "its forward does not call its own weight as a linear"
     assert opaque(owner) == reason
     with pytest.raises(mc.MergeError, match=reason):
@@ -255,89 +342,6 @@ def test_a_wrapper_with_nothing_but_varargs_takes_one_input() -> None:
 # --- forwards that a trace would silently change --------------------------------------------------------------------
 
 
-class _VariadicKeywords(nn.Linear):
-    def forward(self, x: Tensor, **options: float) -> Tensor:
-        return super().forward(x) * options.get("factor", 1.0) if x.ndim else x
-
-
-class _VariadicArguments(nn.Linear):
-    def forward(self, x: Tensor, *factors: float) -> Tensor:
-        return super().forward(x) * (factors[0] if factors else 1.0) if x.sum() else x
-
-
-class _Optional(nn.Linear):
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = super().forward(x)
-        return y if residual is None else y + residual
-
-
-class _TypeCheck(nn.Linear):
-    def forward(self, x: Any) -> Tensor:
-        return super().forward(x if isinstance(x, Tensor) else x * 2)  # a proxy is no tensor
-
-
-class _Constant(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * torch.tensor(2.0)
-
-
-class _Noise(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + torch.randn(self.out_features)
-
-
-class _GradMode(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y if torch.is_grad_enabled() else y * 2
-
-
-class _Full(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return F.linear(x, self.weight, self.bias)
-
-
-class _Detached(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y = F.linear(x, self.weight)
-        return y + self.bias
-
-
-class _Child(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-
-class _ReadsChild(nn.Linear):
-    def __init__(self, in_features: int, out_features: int, factor: float = 1.0) -> None:
-        super().__init__(in_features, out_features)
-        self.child = _Child(factor)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.child.factor
-
-
-class _Stack(nn.Linear):
-    def __init__(self, in_features: int, out_features: int, depth: int = 1) -> None:
-        super().__init__(in_features, out_features)
-        self.after = nn.ModuleList((nn.Tanh(), nn.ReLU(), nn.Tanh())[:depth])
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        for module in self.after:
-            y = module(y) + y
-        return y
-
-
-class _Last(_Stack):
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.after[-1](F.linear(x, self.weight, self.bias))
-        return y
-
-
 def unchanged(owner: nn.Module, *calls: Callable[[nn.Module], Tensor]) -> None:
     """Adapting with zero blocks changes no bit of a call."""
 
@@ -356,36 +360,34 @@ def unchanged(owner: nn.Module, *calls: Callable[[nn.Module], Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "calls"),
+    ("name", "calls"),
     [
-        (_VariadicKeywords, [lambda m: m(X, factor=3.0)]),
-        (_VariadicArguments, [lambda m: m(X, 3.0)]),
-        (_Optional, [lambda m: m(X), lambda m: m(X, torch.ones(8))]),
-        (_TypeCheck, [lambda m: m(X)]),
-        (_Constant, [lambda m: m(X)]),
-        (_Noise, [lambda m: m(X)]),
-        (_GradMode, [lambda m: m(X), torch.no_grad()(lambda m: m(X))]),
-        (_Full, [torch.autocast("cpu", torch.bfloat16)(lambda m: m(X))]),
+        ("variadic_keywords", [lambda m: m(X, factor=3.0)]),
+        ("variadic_arguments", [lambda m: m(X, 3.0)]),
+        ("optional", [lambda m: m(X), lambda m: m(X, torch.ones(8))]),
+        ("type_check", [lambda m: m(X)]),
+        ("constant", [lambda m: m(X)]),
+        ("noise", [lambda m: m(X)]),
+        ("gradient_mode", [lambda m: m(X), torch.no_grad()(lambda m: m(X))]),
+        ("full_precision", [torch.autocast("cpu", torch.bfloat16)(lambda m: m(X))]),
     ],
 )
-def test_what_a_trace_would_freeze_is_decided_at_each_call(
-    kind: type[nn.Linear], calls: list[Callable[[nn.Module], Tensor]]
-) -> None:
-    owner = kind(12, 8)
+def test_what_a_trace_would_freeze_is_decided_at_each_call(name: str, calls: list[Callable[[nn.Module], Tensor]]) -> None:
+    owner = make(name)
     unchanged(owner, *calls)
-    assert torch.equal(owner(X), owner(X)) == (kind is not _Noise)
+    assert torch.equal(owner(X), owner(X)) == (name != "noise")
 
 
 def test_a_block_without_gradients_stays_without() -> None:
-    owner = adapt(_Detached(12, 8))
+    owner = adapt(make("detached"))
     owner.weight.requires_grad_(True)
     owner(X).sum().backward()
     assert owner.weight.grad is None
 
 
-@pytest.mark.parametrize(("kind", "values"), [(_ReadsChild, (1.0, 5.0)), (_Stack, (1, 3)), (_Last, (1, 2))])
-def test_owners_that_differ_inside_their_children_do_not_share_a_trace(kind: Any, values: tuple[Any, Any]) -> None:
-    model = nn.Sequential(*(kind(12, 8, value) for value in values))
+@pytest.mark.parametrize(("name", "values"), [("reads_child", (1, 5)), ("stack", (1, 3)), ("last", (1, 2))])
+def test_owners_that_differ_inside_their_children_do_not_share_a_trace(name: str, values: tuple[int, int]) -> None:
+    model = nn.Sequential(*(make(name, value) for value in values))
     before = [owner(X) for owner in model]
     mc.adapt(model, mc.MissConfig(r=4, target_modules="[01]"))
     for owner, expected in zip(model, before, strict=True):
@@ -395,9 +397,18 @@ def test_owners_that_differ_inside_their_children_do_not_share_a_trace(kind: Any
 # --- the module is not changed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, _Scaled, _Branches, _ReadsTraining, _ReadsAttribute, _Noise])
-def test_tracing_and_probing_change_nothing(kind: type[nn.Module]) -> None:
-    owner = kind(12, 8)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Linear(12, 8),
+        lambda: Conv1D(8, 12),
+        _Scaled,
+        *(functools.partial(make, name) for name in ("branches", "reads_training", "reads_attribute", "noise")),
+    ],
+)
+def test_tracing_and_probing_change_nothing(build: Callable[[], nn.Module]) -> None:
+    owner = build()
+    kind = type(owner)
     members = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(owner).items()}
     tensors = {name: value.clone() for name, value in owner.state_dict().items()}
     trace(owner)
@@ -407,93 +418,37 @@ def test_tracing_and_probing_change_nothing(kind: type[nn.Module]) -> None:
     assert all(torch.equal(value, tensors[name]) for name, value in owner.state_dict().items())
 
 
-class _Writes(nn.Linear):
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("largest", torch.zeros(()))
-        self.last: Tensor | None = None
-        self.seen: list[Tensor] = []
-
-
-class _Counts(_Writes):
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls.add_(1)
-        return super().forward(x)
-
-
-class _Observes(_Writes):
-    """A range observer, as quantisation-aware training has it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.largest = torch.maximum(self.largest, x.detach().abs().max())
-        return super().forward(x)
-
-
-class _Remembers(_Writes):
-    def forward(self, x: Tensor) -> Tensor:
-        self.last = x
-        return super().forward(x)
-
-
-class _Collects(_Writes):
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x)
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("kind", [_Counts, _Observes, _Remembers, _Collects])
-def test_what_a_forward_writes_is_written_by_calls_and_by_nothing_else(kind: type[_Writes]) -> None:
-    owner = kind(12, 8)
+@pytest.mark.parametrize("name", ["counts", "observes", "remembers", "collects"])
+def test_what_a_forward_writes_is_written_by_calls_and_by_nothing_else(name: str) -> None:
+    owner = make(name)
     held = dict(owner._buffers)
-    assert probe_opaque(owner, kind, (12, 8)) is None
+    assert probe_opaque(owner, type(owner), (12, 8)) is None
     adapt(owner)
     assert all(owner._buffers[name] is buffer for name, buffer in held.items())
-    assert (owner.calls, owner.largest, owner.last, owner.seen) == (0, 0, None, [])
+    assert (owner.calls, owner.largest, owner.last_input, owner.seen) == (0, 0, None, [])
     owner(X)
-    assert owner.calls == (kind is _Counts)
-    assert owner.largest == (X.abs().max() if kind is _Observes else 0)
-    assert owner.last is (X if kind is _Remembers else None)
-    assert [x is X for x in owner.seen] == [True] * (kind is _Collects)
+    assert owner.calls == (name == "counts")
+    assert owner.largest == (X.abs().max() if name == "observes" else 0)
+    assert owner.last_input is (X if name == "remembers" else None)
+    assert [x is X for x in owner.seen] == [True] * (name == "collects")
 
 
 # --- what is no linear ----------------------------------------------------------------------------------------------
 
 
-class _ReturnsTuple(nn.Linear):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.sum() < 0:
-            raise ValueError
-        return super().forward(x), self.bias
-
-
-class _Grouped(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.weight[0]).unflatten(-1, (int(x.shape[-1] / 3), 3))
-
-
-class _TwoInputs(nn.Linear):
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        return super().forward(x[index])
-
-
-class _LooksAtValues(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * float(x.max())
-
-
 @pytest.mark.parametrize(
-    ("kind", "problem"),
+    ("name", "problem"),
     [
-        (_ReadsAttribute, None),
-        (_LooksAtValues, None),
-        (_ReturnsTuple, None),
-        (_Grouped, r"tensor whose last dimension is 8, found a tensor of shape \(2, 4, 3\): exclude it"),
-        (_TwoInputs, r"its forward is not a function of one input \(missing a required argument: 'index'\)"),
+        ("reads_attribute", None),
+        ("looks_at_values", None),
+        ("returns_tuple", None),
+        ("grouped", r"tensor whose last dimension is 8, found a tensor of shape \(2, 4, 3\): exclude it"),
+        ("two_inputs", r"its forward is not a function of one input \(missing a required argument: 'index'\)"),
     ],
 )
-def test_probe(kind: type[nn.Linear], problem: str | None) -> None:
-    found = probe_opaque(kind(12, 8), kind, (12, 8))
+def test_probe(name: str, problem: str | None) -> None:
+    owner = make(name)
+    found = probe_opaque(owner, type(owner), (12, 8))
     assert found is None if problem is None else re.search(problem, str(found))
 
 
@@ -515,28 +470,32 @@ def test_a_router_that_returns_a_tuple_is_refused_by_name_and_skipped_by_all_lin
 
 
 def test_an_output_that_only_the_run_shows_to_be_no_linear_s() -> None:
-    text = "an adapted _ReturnsTuple should .* last dimension is 8, found a tuple: exclude it from target_modules"
+    text = "an adapted returns_tuple should .* last dimension is 8, found a tuple: exclude it from target_modules"
     with pytest.raises(mc.UnsupportedModuleError, match=text):
-        adapt(_ReturnsTuple(12, 8))(X.abs())
+        adapt(make("returns_tuple"))(X.abs())
 
 
 def test_what_an_opaque_call_may_return() -> None:
     y = torch.ones(2, 8)
     assert call_opaque(lambda x: x, 8, y, (), {}) is y
-    for returned, width, found in ((y, 9, r"a tensor of shape \(2, 8\)"), (None, 8, "a NoneType"), (y.sum(), 8, r"shape \(\)")):
+    for returned, width, found in (
+        (y, 9, r"a tensor of shape \(2, 8\)"),
+        (None, 8, "a NoneType"),
+        (y.sum(), 8, r"shape \(\)"),
+    ):
         with pytest.raises(mc.UnsupportedModuleError, match=f"an adapted module should .* found .*{found}"):
             call_opaque(lambda x, result=returned: result, width, X, (), {})
 
 
 @pytest.mark.parametrize("init_weights", VARIANTS)
 def test_bat_on_an_opaque_module_is_refused_with_the_reason(init_weights: Any) -> None:
-    model = nn.Sequential(_ReadsTraining(12, 8))
+    model = nn.Sequential(make("reads_training"))
     if init_weights != "bat":
-        adapted(model, init_weights, target_modules=["0"])
+        adapted(model, init_weights, target_modules="0")
         return
     text = (
-        r"0 \(_ReadsTraining\): its forward chooses by .*self.training.*'bat' needs the weight itself.*True or 'mini' do not"
+        r"0 \(reads_training\): its forward chooses by .*self.training.*'bat' needs the weight itself.*True or 'mini' do not"
     )
     with pytest.raises(mc.UnsupportedModuleError, match=text):
-        adapted(model, init_weights, target_modules=["0"])
-    assert type(model[0]) is _ReadsTraining
+        adapted(model, init_weights, target_modules="0")
+    assert type(model[0]) is kind_of("reads_training")
