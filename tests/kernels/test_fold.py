@@ -67,7 +67,7 @@ def test_several_blocks_are_summed_from_the_base_weight_in_any_order(turned: boo
 
 @both_layouts
 def test_a_part_of_what_is_stored_is_written_and_nothing_beside_it(turned: bool) -> None:
-    (_, weight), *updates = make("bat", "short shard")
+    _, *updates = make("bat", "short shard")
     stored = torch.randn(IN + 3, OUT + 7, dtype=torch.float64) if turned else torch.randn(OUT + 7, IN + 3).double()
     whole = stored.t() if turned else stored
     before = whole.clone()

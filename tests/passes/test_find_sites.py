@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import TRACERS, VARIANTS, adapted, graph_list, matrix_of, max_error, reference_delta
+from support import TRACERS, graph_list
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
@@ -185,18 +185,6 @@ def test_nothing_to_find(name: str) -> None:
     assert find(nothing) == []
 
 
-@pytest.mark.parametrize("case", ["addmm", "product", "addmm of t", "product with T"])
-@pytest.mark.parametrize("init_weights", VARIANTS)
-def test_a_product_in_any_spelling_takes_a_block_that_can_be_merged(case: str, init_weights: Any) -> None:
-    model, x = adapted(nn.Sequential(OWNERS[case][0]()), init_weights, target_modules=["0"]), torch.randn(3, 12)
-    weight = matrix_of(model[0])
-    updated = weight + reference_delta(init_weights, model[0].miss_block_default, weight)
-    expected = F.linear(x.double(), updated, model[0].bias.double())
-    assert max_error(model(x), expected) < 1e-5
-    mc.merge(model)
-    assert max_error(matrix_of(model[0]), updated) < 1e-6
-
-
 class _Packed(nn.Module):
     def __init__(self, **sizes: object) -> None:
         super().__init__()
@@ -244,11 +232,8 @@ def test_names_sites_after_the_owners_of_their_weights(tracer: str) -> None:
     assert names(scope) == ["layers.0", "layers.1", "head"]
     assert [(site.in_features, site.out_features) for site in scope.sites] == [(IN, OUT), (OUT, IN), (IN, 6)]
     assert [site.layout for site in scope.sites] == ["out_in", "in_out", "conv"]
-    assert [site.path.parameter for site in scope.sites if site.path] == [
-        "layers.0.weight",
-        "layers.1.weight",
-        "head.weight",
-    ]
+    read = [site.path.parameter for site in scope.sites if site.path]
+    assert read == ["layers.0.weight", "layers.1.weight", "head.weight"]
     assert [site.weight is None for site in scope.sites] == ([True, False, True] if tracer == "fx" else [False] * 3)
     assert [site.strides for site in scope.sites] == [(), (), (1,)]
     assert scope.refusals == []
@@ -299,30 +284,29 @@ class Attention(nn.Module):
         return y
 
 
-def test_finds_the_projections_inside_attention() -> None:
-    scope = found(Attention(False))
-    assert names(scope) == ["attn.q", "attn.k", "attn.v", "attn.out_proj"]
-    assert [site.columns for site in scope.sites] == [(0, IN, 3 * IN), (IN, 2 * IN, 3 * IN), (2 * IN, 3 * IN, 3 * IN), None]
-    assert {(site.in_features, site.out_features) for site in scope.sites} == {(IN, IN)}
-    assert len({site.node for site in scope.sites}) == 2
-    assert {site.path.parameter for site in scope.sites[:3] if site.path} == {"attn.in_proj_weight"}
+WIDTH = 3 * IN
+FUSED = [(0, IN, WIDTH), (IN, 2 * IN, WIDTH), (2 * IN, WIDTH, WIDTH), None]
 
 
-def test_finds_the_projections_of_cross_attention() -> None:
-    scope = found(Attention(True))
+@pytest.mark.parametrize(
+    ("cross", "widths", "columns", "starts"),
+    [
+        (False, (IN, IN), FUSED, (0, IN, 2 * IN)),
+        (True, (IN, IN), [None] * 4, (0, IN, 2 * IN)),
+        (True, (6, 10), [None] * 4, None),
+    ],
+)
+def test_finds_the_projections_of_attention(cross: bool, widths: tuple[int, int], columns: Any, starts: Any) -> None:
+    scope = found(Attention(cross, kdim=widths[0], vdim=widths[1]))
     assert names(scope) == ["attn.q", "attn.k", "attn.v", "attn.out_proj"]
-    q, k, v, _ = scope.sites
-    assert (q.columns, k.columns, v.columns) == (None, None, None)
-    weight = torch.arange(3 * IN * IN).view(3 * IN, IN)
-    for number, site in enumerate((q, k, v)):
+    assert [(site.in_features, site.out_features) for site in scope.sites] == [(size, IN) for size in (IN, *widths, IN)]
+    assert [site.columns for site in scope.sites] == columns
+    assert len({site.node for site in scope.sites}) == (2 if columns is FUSED else 4)
+    weight = torch.arange(WIDTH * IN).view(WIDTH, IN)
+    for site, start in zip(scope.sites, starts or (), strict=False):
         assert site.path is not None
-        assert torch.equal(apply_steps(weight, site.path.steps), weight[number * IN : (number + 1) * IN])
-
-
-def test_finds_projections_of_other_widths() -> None:
-    scope = found(Attention(True, kdim=6, vdim=10))
-    assert names(scope) == ["attn.q", "attn.k", "attn.v", "attn.out_proj"]
-    assert [(site.in_features, site.out_features) for site in scope.sites] == [(IN, IN), (6, IN), (10, IN), (IN, IN)]
+        assert site.path.parameter == "attn.in_proj_weight"
+        assert torch.equal(apply_steps(weight, site.path.steps), weight[start : start + IN])
 
 
 @both_tracers
@@ -364,6 +348,15 @@ STACKED = "its weight is a stack of fused weights, not a linear"
 LEFT = "its weight is the left side of the product, and a linear's is the right one"
 SCALED = "its product is scaled by the beta or alpha of addmm"
 CONSTANT_WEIGHT = "is a buffer or a constant, not a parameter"
+CHANGED = r"its weight 'proj.weight' is changed in place by 'mul_(_1)?'; take that out of the forward"
+NOT_USED = "no gradient comes back to it past the end of the graph, which does not use it"
+CHUNKED = r"its weight is cut by 'chunk' \(chunk(\.default)?\) along its inputs"
+SPLIT = r"its weight is cut by 'split' \(split(\.Tensor)?\) along its inputs"
+EVERY_SECOND = r"its weight is (a part of a parameter that 'getitem' \(getitem\) does not fix|computed by 'slice_1' .*)"
+NO_VIEW = r"its weight is no view of the parameter 'proj.weight' \(view size is not compatible.*"
+ROWS_NOT_FIXED = r"its weight is a part of a parameter that 'getitem_1' \(getitem\) does not fix"
+VIEW_NOT_FIXED = r"its weight is viewed by 'view' \(view\) in a shape that the graph does not fix"
+OVERLAP = "its weight is read in 2 forms that overlap, which one block cannot serve"
 NO_MERGE = "so that a block could not be merged into it"
 
 
@@ -385,18 +378,10 @@ REFUSED: dict[str, tuple[Rule, tuple[int, ...], str]] = {
     "computed": (lambda w, b, x: F.linear(x, w * 2), (OUT, IN), computed("mul", r"mul(\.Tensor)?")),
     "computed product": (lambda w, b, x: x @ (w * 2).t(), (OUT, IN), computed("mul", r"mul(\.Tensor)?")),
     "computed, then viewed": (lambda w, b, x: F.linear(x, (w + 1).t()), (IN, OUT), computed("add", r"add(\.Tensor)?")),
-    "changed in place": (
-        mutating,
-        (OUT, IN),
-        r"its weight 'proj.weight' is changed in place by 'mul_(_1)?'; take that out of the forward",
-    ),
+    "changed in place": (mutating, (OUT, IN), CHANGED),
     "detached": (lambda w, b, x: F.linear(x, w, b).detach(), (OUT, IN), stopped("detach")),
     "argmax": (lambda w, b, x: F.linear(x, w, b).argmax(-1), (OUT, IN), stopped("argmax")),
-    "not used": (
-        lambda w, b, x: (F.linear(x, w, b), x)[1],
-        (OUT, IN),
-        "no gradient comes back to it past the end of the graph, which does not use it",
-    ),
+    "not used": (lambda w, b, x: (F.linear(x, w, b), x)[1], (OUT, IN), NOT_USED),
     "stacked matmul": (lambda w, b, x: x @ w, STACK, STACKED),
     "stacked bmm": (lambda w, b, x: torch.bmm(x, w), STACK, STACKED),
     "stacked baddbmm": (lambda w, b, x: torch.baddbmm(x[..., :1], x, w), STACK, STACKED),
@@ -414,43 +399,15 @@ REFUSED: dict[str, tuple[Rule, tuple[int, ...], str]] = {
         (OUT, 2 * IN),
         computed("(getitem|slice_1)", "(getitem|slice.Tensor)"),
     ),
-    "chunk of columns": (
-        lambda w, b, x: F.linear(x, w.chunk(2, 1)[0]),
-        (OUT, 2 * IN),
-        r"its weight is cut by 'chunk' \(chunk(\.default)?\) along its inputs",
-    ),
-    "split of columns": (
-        lambda w, b, x: F.linear(x, torch.split(w, IN, dim=1)[1]),
-        (OUT, 2 * IN),
-        r"its weight is cut by 'split' \(split(\.Tensor)?\) along its inputs",
-    ),
-    "every second row": (
-        lambda w, b, x: F.linear(x, w[::2]),
-        (2 * OUT, IN),
-        r"its weight is (a part of a parameter that 'getitem' \(getitem\) does not fix|computed by 'slice_1' .*)",
-    ),
+    "chunk of columns": (lambda w, b, x: F.linear(x, w.chunk(2, 1)[0]), (OUT, 2 * IN), CHUNKED),
+    "split of columns": (lambda w, b, x: F.linear(x, torch.split(w, IN, dim=1)[1]), (OUT, 2 * IN), SPLIT),
+    "every second row": (lambda w, b, x: F.linear(x, w[::2]), (2 * OUT, IN), EVERY_SECOND),
     "three dimensions": (lambda w, b, x: x @ w.transpose(1, 2), (3, OUT, IN), computed("transpose", r"transpose(\.int)?")),
-    "a copy that is no view": (
-        lambda w, b, x: F.linear(x, w.t().reshape(OUT, IN)),
-        (OUT, IN),
-        r"its weight is no view of the parameter 'proj.weight' \(view size is not compatible.*",
-    ),
-    "rows by a number of the input": (
-        lambda w, b, x: F.linear(x, w[: x.shape[1]]),
-        (OUT, IN),
-        r"its weight is a part of a parameter that 'getitem_1' \(getitem\) does not fix",
-    ),
-    "view by a number of the input": (
-        lambda w, b, x: F.linear(x, w.view(OUT, x.shape[-1])),
-        (3, 4, IN),
-        r"its weight is viewed by 'view' \(view\) in a shape that the graph does not fix",
-    ),
+    "a copy that is no view": (lambda w, b, x: F.linear(x, w.t().reshape(OUT, IN)), (OUT, IN), NO_VIEW),
+    "rows by a number of the input": (lambda w, b, x: F.linear(x, w[: x.shape[1]]), (OUT, IN), ROWS_NOT_FIXED),
+    "view by a number of the input": (lambda w, b, x: F.linear(x, w.view(OUT, x.shape[-1])), (3, 4, IN), VIEW_NOT_FIXED),
     "transposed in three dimensions": (lambda w, b, x: x @ w.transpose(0, 1)[0], (IN, 3, OUT), r"its weight is .*"),
-    "two forms that overlap": (
-        lambda w, b, x: F.linear(torch.tanh(F.linear(x, w)), w.t()),
-        (OUT, IN),
-        "its weight is read in 2 forms that overlap, which one block cannot serve",
-    ),
+    "two forms that overlap": (lambda w, b, x: F.linear(torch.tanh(F.linear(x, w)), w.t()), (OUT, IN), OVERLAP),
     "scaled by beta": (lambda w, b, x: torch.addmm(b, x[0], w, beta=0), (IN, OUT), SCALED),
     "scaled addmm": (lambda w, b, x: torch.addmm(b, x[0], w, alpha=2.0), (IN, OUT), SCALED),
 }
@@ -530,12 +487,13 @@ def test_refuses_modules_that_are_one_node() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.doubled = Doubled(IN, OUT)
-            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(IN, OUT))
+            self.normed = parametrizations.weight_norm(nn.Linear(IN, OUT))
             self.inner = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU())
+            self.block = fx.symbolic_trace(nn.Sequential(nn.Linear(IN, OUT)))
             self.plain = nn.Linear(IN, OUT)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.doubled(x) + self.normed(x) + self.inner(x) + self.plain(x)  # type: ignore[no-any-return]
+            return self.doubled(x) + self.normed(x) + self.inner(x) + self.block(x) + self.plain(x)  # type: ignore[no-any-return]
 
     model = Kept()
     scope = search(fx.GraphModule(model, Leaves().trace(model)))
@@ -544,22 +502,8 @@ def test_refuses_modules_that_are_one_node() -> None:
         ("doubled", "it is one node with a forward of its own: use misscompile.capture"),
         ("normed", "it is one node with a weight that is no plain parameter: use misscompile.capture"),
         ("inner.0", "it is inside 'inner' (Sequential), which the tracer kept as one node: use misscompile.capture"),
+        ("block.0", "it is inside the graph module 'block': adapt that graph, or capture the whole model"),
     ]
-
-
-def test_refuses_the_linears_of_a_graph_module_inside() -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = fx.symbolic_trace(nn.Sequential(nn.Linear(IN, OUT)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.block(x)  # type: ignore[no-any-return]
-
-    model = Outer()
-    scope = search(fx.GraphModule(model, Leaves().trace(model)))
-    reason = "it is inside the graph module 'block': adapt that graph, or capture the whole model"
-    assert reasons(scope) == [("block.0", reason)]
 
 
 def test_collects_weights_without_a_name() -> None:

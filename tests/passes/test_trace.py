@@ -268,14 +268,8 @@ def test_a_forward_that_python_decides_is_opaque(name: str, reason: str) -> None
     scope = trace(owner)
     assert scope.opaque is not None
     assert reason in scope.opaque
-    assert [(node.op, node.target) for node in scope.graph.nodes] == [
-        ("placeholder", "x"),
-        ("placeholder", "*args"),
-        ("placeholder", "**kwargs"),
-        ("get_attr", "miss_base_forward"),
-        ("call_function", call_opaque),
-        ("output", "output"),
-    ]
+    targets = [node.target for node in scope.graph.nodes]
+    assert targets == ["x", "*args", "**kwargs", "miss_base_forward", call_opaque, "output"]
     before = [owner(X), owner(-X)]
     fill_blocks(adapt(owner))
     update = X.double() @ reference_delta(True, owner.miss_block_default, owner.weight).T
@@ -478,12 +472,8 @@ def test_an_output_that_only_the_run_shows_to_be_no_linear_s() -> None:
 def test_what_an_opaque_call_may_return() -> None:
     y = torch.ones(2, 8)
     assert call_opaque(lambda x: x, 8, y, (), {}) is y
-    for returned, width, found in (
-        (y, 9, r"a tensor of shape \(2, 8\)"),
-        (None, 8, "a NoneType"),
-        (y.sum(), 8, r"shape \(\)"),
-    ):
-        with pytest.raises(mc.UnsupportedModuleError, match=f"an adapted module should .* found .*{found}"):
+    for returned, width, found in ((y, 9, r"of shape \(2, 8\)"), (None, 8, "a NoneType"), (y.sum(), 8, r"of shape \(\)")):
+        with pytest.raises(mc.UnsupportedModuleError, match=f"an adapted module should .* found .*{found}: exclude it"):
             call_opaque(lambda x, result=returned: result, width, X, (), {})
 
 
@@ -493,9 +483,7 @@ def test_bat_on_an_opaque_module_is_refused_with_the_reason(init_weights: Any) -
     if init_weights != "bat":
         adapted(model, init_weights, target_modules="0")
         return
-    text = (
-        r"0 \(reads_training\): its forward chooses by .*self.training.*'bat' needs the weight itself.*True or 'mini' do not"
-    )
+    text = r"0 \(reads_training\): its forward chooses by .*self.training.*'bat' needs the weight itself.*True or 'mini' do"
     with pytest.raises(mc.UnsupportedModuleError, match=text):
         adapted(model, init_weights, target_modules="0")
     assert type(model[0]) is kind_of("reads_training")
