@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
-from zoo import IN, OUT, Model, holder
+from zoo import IN, OUT, Model, Repeating, holder
 
 import misscompile as mc
 from misscompile.passes.find_sites import find_sites, linear_shape
@@ -159,21 +159,15 @@ def test_an_opaque_call_is_a_site_without_a_weight() -> None:
     assert (site.in_features, site.out_features, site.is_whole) == (12, 8, False)
 
 
-def test_every_call_of_one_weight_is_a_site_and_finding_again_starts_anew() -> None:
-    twice = owner("twice")
-    scope = trace_owner(twice, type(twice), (12, 8))
+@pytest.mark.parametrize(("name", "inputs"), [("twice", ["x", "flip"]), ("other_weight", ["x"])])
+def test_every_call_of_the_weight_is_a_site_and_no_other_and_finding_again_starts_anew(name: str, inputs: list[str]) -> None:
+    made = owner(name)
+    made.other = nn.Parameter(torch.ones(8, 12))
+    scope = trace_owner(made, type(made), (12, 8))
     for _ in range(2):
-        searched(scope)
-        assert [site.x.target for site in scope.sites] == ["x", "flip"]
-        assert [site.node for site in scope.sites] == [n for n in scope.graph.nodes if n.target is F.linear]
-
-
-def test_another_parameter_is_no_site() -> None:
-    two = owner("other_weight")
-    two.other = nn.Parameter(torch.ones(8, 12))
-    (site,) = find(two)
-    assert site.weight is not None
-    assert site.weight.target == "weight"
+        assert [site.x.target for site in searched(scope).sites] == inputs
+        assert [site.weight.target for site in scope.sites if site.weight] == ["weight"] * len(inputs)
+        assert [site.node for site in scope.sites] == [n for n in scope.graph.nodes if n.target is F.linear][-len(inputs) :]
 
 
 @pytest.mark.parametrize("name", ["given", "child", "computed", "scaled", "swapped", "other_way"])
@@ -256,17 +250,9 @@ def test_names_a_weight_that_is_not_called_weight_after_itself(tracer: str) -> N
 
 @both_tracers
 def test_finds_every_call_of_a_shared_weight(tracer: str) -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.step = nn.Linear(IN, IN)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.step(torch.tanh(self.step(x)))  # type: ignore[no-any-return]
-
-    scope = found(Shared().double(), tracer=tracer)
-    assert names(scope) == ["step", "step"]
-    assert scope.sites[0].node is not scope.sites[1].node
+    scope = found(Repeating(), torch.randn(3, 12), tracer)
+    assert names(scope) == ["step"] * 3
+    assert len({site.node for site in scope.sites}) == 3
 
 
 class Attention(nn.Module):
@@ -331,18 +317,7 @@ def mutating(w: Tensor, b: Tensor, x: Tensor) -> Tensor:
     return F.linear(x, w, b)
 
 
-class Buffered(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("table", torch.randn(OUT, IN).double())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.table)
-
-
 CONSTANT = torch.randn(OUT, IN, dtype=torch.float64)
-
-
 STACK = (3, IN, OUT)
 STACKED = "its weight is a stack of fused weights, not a linear"
 LEFT = "its weight is the left side of the product, and a linear's is the right one"
@@ -424,7 +399,10 @@ def test_refuses_with_the_reason(case: str, tracer: str) -> None:
 
 @both_tracers
 def test_refuses_a_buffer(tracer: str) -> None:
-    refuse(TRACERS[tracer](Model(Buffered()), X), "proj", f"its weight 'proj.table' {CONSTANT_WEIGHT}")
+    model = holder(lambda w, b, x: F.linear(x, w))
+    del model.proj.weight
+    model.proj.register_buffer("weight", CONSTANT)
+    refuse(TRACERS[tracer](model, X), "proj", f"its weight 'proj.weight' {CONSTANT_WEIGHT}")
 
 
 def refuse(graph: Any, name: str, reason: str) -> None:
@@ -447,13 +425,10 @@ def test_refuses_what_runs_without_gradients() -> None:
 
 
 def test_refuses_a_weight_that_is_an_input() -> None:
-    class Given(nn.Module):
-        def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
-            return F.linear(x, kernel)
-
-    scope = search(fx.symbolic_trace(Given()))
-    assert [name for name, _ in reasons(scope)] == ["linear"]
-    assert reasons(scope)[0][1].startswith("its weight is the input 'kernel' of the graph, not a parameter of it")
+    scope = search(fx.symbolic_trace(lambda x, kernel: F.linear(x, kernel)))
+    ((name, reason),) = reasons(scope)
+    assert name == "linear"
+    assert reason.startswith("its weight is the input 'kernel' of the graph, not a parameter of it")
 
 
 def test_refuses_the_lifted_parameters_of_an_exported_program() -> None:
@@ -509,9 +484,7 @@ def test_refuses_modules_that_are_one_node() -> None:
 def test_collects_weights_without_a_name() -> None:
     graph = make_fx(holder(lambda w, b, x: F.linear(x, w, b)))(X)
     scope = search(graph)
-    assert scope.unnamed == ["_param_constant0"]
-    assert scope.sites == []
-    assert scope.refusals == []
+    assert (scope.sites, scope.refusals, scope.unnamed) == ([], [], ["_param_constant0"])
 
 
 def test_takes_the_name_from_the_module_stack_where_the_parameter_has_none() -> None:
