@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import differentiable_delta, fill_blocks, matrix_of, max_error, reference_delta, rms_error
+from support import TRACERS, adapted, differentiable_delta, fill_blocks, matrix_of, max_error, reference_delta, rms_error
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
+from zoo import holder
 
 import misscompile as mc
 from misscompile import kernels
@@ -176,6 +177,27 @@ def test_a_residual_in_the_place_of_a_bias_is_added_once_and_the_update_goes_bes
     assert [f for f in functions if f is not torch.addmm] == added
     inputs = (torch.randn(3, width, dtype=torch.float64, requires_grad=True) for width in (IN, OUT))
     check(owner, b, matrix_of(owner), *inputs)
+
+
+@all_variants
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_residual_in_a_whole_graph(tracer: str, variant: str) -> None:
+    model = holder(lambda w, b, x: torch.addmm(torch.cat([x, x[:, :4]], 1), x, w), (8, 12)).requires_grad_(False)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    graph = adapted(TRACERS[tracer](model, x.detach()), INIT[variant], target_modules=["proj"])
+    block, weight = graph.proj.miss_block_default, model.proj.weight.t()
+    assert targets(graph.graph).count(kernels.add_bat) == (variant == "bat")
+    inner = torch.sin(x)
+    values = block.detach().clone().requires_grad_()
+    product = F.linear(inner, weight + differentiable_delta(INIT[variant], values, weight))
+    expected, y = torch.tanh((torch.cat([inner, inner[:, :4]], 1) + product) / 4), graph(x)
+    assert max_error(y, expected) < 1e-12
+    upstream = torch.randn_like(y)
+    actual = torch.autograd.grad(y, [x, block], upstream)
+    for a, e in zip(actual, torch.autograd.grad(expected, [x, values], upstream), strict=True):
+        assert max_error(a, e) < 1e-12
+    mc.merge(graph)
+    assert max_error(graph(x), expected) < 1e-12
 
 
 @both_layouts
