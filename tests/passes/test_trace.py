@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections.abc import Callable
@@ -17,21 +18,154 @@ from torch.nn.utils import spectral_norm
 from transformers.pytorch_utils import Conv1D
 
 import misscompile as mc
-from misscompile.passes.trace import call_opaque, make_opaque, probe_opaque, require_linear_output, trace_forward
-from misscompile.plan import Scope
+from misscompile.hosts.owner_class import REWRITE
+from misscompile.passes.trace import call_opaque, opaque_scope, probe_opaque, trace_owner
+from misscompile.record.words import Scope
 
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+FOREIGN = "its instance attribute `forward` was set by other code"
+
+
+class Forwards:
+    """What an `_Owner` may compute: a trace would freeze, lose or not follow some of each."""
+
+    def branches(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if x.sum() > 0 else F.linear(-x, self.weight)
+
+    def reads_training(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * (1.0 if self.training else 0.5)
+
+    def passes_training(self: Any, x: Tensor) -> Tensor:
+        return F.dropout(F.linear(x, self.weight), 0.0, self.training)
+
+    def reads_attribute(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * self.scale
+
+    def reads_by_name(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * getattr(self, "sca" + "le")
+
+    def reads_in_helper(self: Any, x: Tensor) -> Tensor:
+        return self._rescale(F.linear(x, self.weight))  # type: ignore[no-any-return]
+
+    def reads_dict(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * self.__dict__["scale"]
+
+    def reads_child(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * self.child.factor
+
+    def stack(self: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        for module in self.after:
+            y = module(y) + y
+        return y
+
+    def last(self: Any, x: Tensor) -> Tensor:
+        return self.after[-1](F.linear(x, self.weight))  # type: ignore[no-any-return]
+
+    def not_its_weight(self: Any, x: Tensor) -> Tensor:
+        return x @ self.weight.abs().T
+
+    def variadic_keywords(self: Any, x: Tensor, **options: float) -> Tensor:
+        return F.linear(x, self.weight) * options.get("factor", 1.0) if x.ndim else x
+
+    def variadic_arguments(self: Any, x: Tensor, *factors: float) -> Tensor:
+        return F.linear(x, self.weight) * (factors[0] if factors else 1.0) if x.sum() else x
+
+    def optional(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight)
+        return y if residual is None else y + residual
+
+    def type_check(self: Any, x: Any) -> Tensor:
+        return F.linear(x if isinstance(x, Tensor) else x * 2, self.weight)  # a proxy is no tensor
+
+    def constant(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * torch.tensor(2.0)
+
+    def noise(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + torch.randn(self.out_features)
+
+    def gradient_mode(self: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        return y if torch.is_grad_enabled() else y * 2
+
+    def full_precision(self: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x, self.weight, self.bias)
+
+    def detached(self: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = F.linear(x, self.weight)
+        return y + self.bias  # type: ignore[no-any-return]
+
+    def counts(self: Any, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return F.linear(x, self.weight)
+
+    def observes(self: Any, x: Tensor) -> Tensor:
+        self.largest = torch.maximum(self.largest, x.detach().abs().max())  # as quantisation-aware training has it
+        return F.linear(x, self.weight)
+
+    def remembers(self: Any, x: Tensor) -> Tensor:
+        self.last_input = x
+        return F.linear(x, self.weight)
+
+    def collects(self: Any, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return F.linear(x, self.weight)
+
+    def returns_tuple(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.sum() < 0:
+            raise ValueError
+        return F.linear(x, self.weight), self.bias
+
+    def grouped(self: Any, x: Tensor) -> Tensor:
+        return (x * self.weight[0]).unflatten(-1, (int(x.shape[-1] / 3), 3))  # type: ignore[no-any-return]
+
+    def two_inputs(self: Any, x: Tensor, index: Tensor) -> Tensor:
+        return F.linear(x[index], self.weight)
+
+    def looks_at_values(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * float(x.max())
+
+
+class _Factor(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+
+class _Owner(nn.Linear):
+    scale = 3.0
+
+    def __init__(self, value: int = 1) -> None:
+        super().__init__(12, 8)
+        self.scale = 2.0
+        self.child = _Factor(value)
+        self.after = nn.ModuleList((nn.Tanh(), nn.ReLU(), nn.Tanh())[:value])
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("largest", torch.zeros(()))
+        self.last_input: Tensor | None = None
+        self.seen: list[Tensor] = []
+
+    def _rescale(self, y: Tensor) -> Tensor:
+        return y * self.scale
+
+
+@functools.cache
+def kind_of(name: str) -> Any:
+    return type(name, (_Owner,), {"forward": vars(Forwards)[name]})
+
+
+def make(name: str, value: int = 1) -> Any:
+    """An owner with one of the `Forwards`."""
+    return kind_of(name)(value)
 
 
 def trace(owner: nn.Module, foreign: Callable[..., Any] | None = None) -> Scope:
-    scope = Scope(type(owner), 12, 8, torch.float32)
-    trace_forward(scope, owner, foreign)
+    scope = trace_owner(owner, type(owner), (12, 8), foreign)
     scope.graph.lint()
+    assert (scope.label, scope.shape) == (type(owner).__name__, (12, 8))
     return scope
-
-
-def run(scope: Scope, owner: nn.Module, *args: Any) -> Any:
-    return fx.GraphModule(owner, scope.graph)(*args)
 
 
 def adapt(owner: nn.Module, init_weights: Any = True) -> nn.Module:
@@ -40,33 +174,20 @@ def adapt(owner: nn.Module, init_weights: Any = True) -> nn.Module:
     return owner
 
 
+def opaque(owner: nn.Module) -> str | None:
+    """Why the forward of an adapted owner stays one node."""
+    reason: str | None = getattr(type(owner), REWRITE).base.opaque
+    return reason
+
+
 # --- what is traced -------------------------------------------------------------------------------------------------
 
 
 def test_linear() -> None:
-    owner = nn.Linear(12, 8)
-    scope = trace(owner)
-    assert scope.opaque is None
-    assert [(node.op, node.target) for node in scope.graph.nodes] == [
-        ("placeholder", "input"),
-        ("get_attr", "weight"),
-        ("get_attr", "bias"),
-        ("call_function", F.linear),
-        ("output", "output"),
-    ]
-    assert torch.equal(run(scope, owner, X), owner(X))
-
-
-def test_linear_without_bias_has_no_bias_in_its_graph() -> None:
-    assert "bias" not in [node.target for node in trace(nn.Linear(12, 8, bias=False)).graph.nodes]
-
-
-def test_conv1d() -> None:
-    owner = Conv1D(8, 12)
-    scope = trace(owner)
-    assert scope.opaque is None
-    assert torch.addmm in [node.target for node in scope.graph.nodes]
-    assert torch.equal(run(scope, owner, X[None]), owner(X[None]))
+    nodes = [(node.op, node.target) for node in trace(nn.Linear(12, 8)).graph.nodes]
+    weight, bias = ("get_attr", "weight"), ("get_attr", "bias")
+    assert nodes == [("placeholder", "input"), weight, bias, ("call_function", F.linear), ("output", "output")]
+    assert bias not in [(n.op, n.target) for n in trace(nn.Linear(12, 8, bias=False)).graph.nodes]
 
 
 class _Doubled(nn.Module):
@@ -74,22 +195,18 @@ class _Doubled(nn.Module):
         return weight * 2
 
 
-def test_a_parametrized_linear_calls_its_parametrization_as_one_node() -> None:
+def _parametrized() -> nn.Module:
     owner = nn.Linear(12, 8)
     parametrize.register_parametrization(owner, "weight", _Doubled())
-    scope = trace(owner)
-    assert scope.opaque is None
-    calls = [node for node in scope.graph.nodes if node.op == "call_module"]
-    assert [node.target for node in calls] == ["parametrizations.weight"]
-    assert torch.equal(run(scope, owner, X), F.linear(X, owner.parametrizations.weight.original * 2, owner.bias))
+    return owner
 
 
 class _Scaled(nn.Linear):
     """A subclass whose own code needs nothing but tensors, children and its shape."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.gain = nn.Parameter(torch.rand(out_features))
+    def __init__(self) -> None:
+        super().__init__(12, 8)
+        self.gain = nn.Parameter(torch.rand(8))
         self.act = nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,10 +214,36 @@ class _Scaled(nn.Linear):
         return y
 
 
+@pytest.mark.parametrize(
+    ("build", "target", "children"),
+    [
+        (lambda: nn.Linear(12, 8), F.linear, []),
+        (lambda: Conv1D(8, 12), torch.addmm, []),
+        (_parametrized, F.linear, ["parametrizations.weight"]),
+        (_Scaled, F.linear, ["act"]),
+    ],
+)
+def test_a_trace_computes_what_its_owner_does_and_calls_a_child_as_one_node(
+    build: Callable[[], nn.Module], target: Any, children: list[str]
+) -> None:
+    owner = build()
+    nn.init.normal_(owner.bias)
+    scope = trace(owner)
+    assert scope.opaque is None
+    assert target in [node.target for node in scope.graph.nodes]
+    assert [node.target for node in scope.graph.nodes if node.op == "call_module"] == children
+    assert torch.equal(fx.GraphModule(owner, scope.graph)(X), owner(X))
+
+
+def test_a_scope_has_the_shapes_of_its_owner_and_none_of_its_values() -> None:
+    for owner in (nn.Linear(12, 8).double(), _parametrized()):
+        held = trace(owner).root.get_parameter("weight")
+        assert (held.shape, held.is_meta, held.requires_grad) == ((8, 12), True, False)
+    assert trace(nn.Linear(12, 8).double()).root.get_parameter("bias").dtype == torch.float64
+
+
 def test_children_and_super_calls_are_traced_and_the_update_lands_before_what_follows() -> None:
-    owner = _Scaled(12, 8)
-    assert trace(owner).opaque is None
-    fill_blocks(adapt(owner))
+    owner = fill_blocks(adapt(_Scaled()))
     delta = reference_delta(True, owner.miss_block_default, owner.weight)
     expected = torch.tanh(F.linear(X.double(), owner.weight.double() + delta, owner.bias.double())) * owner.gain.double()
     assert max_error(owner(X), expected) < 1e-6
@@ -109,69 +252,24 @@ def test_children_and_super_calls_are_traced_and_the_update_lands_before_what_fo
 # --- what stays opaque, and the text of the reason ------------------------------------------------------------------
 
 
-class _Branches(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.sum() > 0 else super().forward(-x)
-
-
-class _ReadsTraining(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1.0 if self.training else 0.5)
-
-
-class _ReadsAttribute(nn.Linear):
-    scale = 3.0
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.scale = 2.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale
-
-
-class _ReadsByName(_ReadsAttribute):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) * getattr(self, "sca" + "le")
-
-
-class _ReadsInHelper(_ReadsAttribute):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._rescale(F.linear(x, self.weight))
-
-    def _rescale(self, y: Tensor) -> Tensor:
-        return y * self.scale
-
-
-class _PassesTraining(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(super().forward(x), 0.0, self.training)
-
-
 @pytest.mark.parametrize(
-    ("kind", "reason"),
+    ("name", "reason"),
     [
-        (_Branches, "chooses by `super().forward(x) if x.sum() > 0"),
-        (_ReadsTraining, "chooses by `1.0 if self.training else 0.5`"),
-        (_PassesTraining, "reads self.training"),
-        (_ReadsAttribute, "reads self.scale"),
-        (_ReadsByName, "calls getattr"),
-        (_ReadsInHelper, "calls self._rescale"),
+        ("branches", "chooses by `F.linear(x, self.weight) if x.sum() > 0"),
+        ("reads_training", "chooses by `1.0 if self.training else 0.5`"),
+        ("passes_training", "reads self.training"),
+        ("reads_attribute", "reads self.scale"),
+        ("reads_by_name", "calls getattr"),
+        ("reads_in_helper", "calls self._rescale"),
     ],
 )
-def test_a_forward_that_python_decides_is_opaque(kind: type[nn.Linear], reason: str) -> None:
-    owner = kind(12, 8)
+def test_a_forward_that_python_decides_is_opaque(name: str, reason: str) -> None:
+    owner = make(name)
     scope = trace(owner)
     assert scope.opaque is not None
     assert reason in scope.opaque
-    assert [(node.op, node.target) for node in scope.graph.nodes] == [
-        ("placeholder", "x"),
-        ("placeholder", "*args"),
-        ("placeholder", "**kwargs"),
-        ("get_attr", "base_forward"),
-        ("call_function", call_opaque),
-        ("output", "output"),
-    ]
+    targets = [node.target for node in scope.graph.nodes]
+    assert targets == ["x", "*args", "**kwargs", "miss_base_forward", call_opaque, "output"]
     before = [owner(X), owner(-X)]
     fill_blocks(adapt(owner))
     update = X.double() @ reference_delta(True, owner.miss_block_default, owner.weight).T
@@ -179,27 +277,22 @@ def test_a_forward_that_python_decides_is_opaque(kind: type[nn.Linear], reason: 
     assert max_error(owner(-X) - before[1], -update) < 1e-5
 
 
-def test_an_attribute_of_an_opaque_owner_still_counts_after_adapting() -> None:
-    owner = adapt(_ReadsAttribute(12, 8))
-    base = F.linear(X, owner.weight, owner.bias)
-    assert torch.equal(owner(X), base * 2.0)
+@pytest.mark.parametrize("name", ["reads_attribute", "reads_by_name", "reads_in_helper", "reads_dict"])
+def test_an_attribute_of_an_opaque_owner_still_counts_after_adapting(name: str) -> None:
+    owner = adapt(make(name))
+    assert torch.equal(owner(X), F.linear(X, owner.weight) * 2.0)
     owner.scale = 7.0
-    assert torch.equal(owner(X), base * 7.0)
+    assert torch.equal(owner(X), F.linear(X, owner.weight) * 7.0)
 
 
 def test_the_old_spectral_norm_is_opaque_because_a_hook_writes_its_weight() -> None:
     assert trace(spectral_norm(nn.Linear(12, 8))).opaque == "its forward makes a tensor, which a trace would freeze"
 
 
-class _NotItsWeight(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.abs().T
-
-
 def test_a_weight_that_is_not_called_as_a_linear_is_opaque_and_cannot_be_merged() -> None:
-    owner = fill_blocks(adapt(_NotItsWeight(12, 8)))
+    owner = fill_blocks(adapt(make("not_its_weight")))
     reason = "its forward does not call its own weight as a linear"
-    assert type(owner).scope.opaque == reason
+    assert opaque(owner) == reason
     with pytest.raises(mc.MergeError, match=reason):
         mc.merge(owner)
 
@@ -211,13 +304,11 @@ def test_a_forward_set_on_the_instance_is_opaque_and_keeps_its_signature() -> No
     owner = nn.Linear(12, 8)
     owner.forward = forward  # type: ignore[method-assign]
     scope = trace(owner, forward)
-    assert scope.opaque == "its instance attribute `forward` was set by other code"
+    assert scope.opaque == FOREIGN
     assert [n.target for n in scope.graph.nodes if n.op == "placeholder"] == ["x", "*args", "**kwargs"]
-    before = [owner(X), owner(X, 1.5), owner(x=X, factor=3.0)]
-    adapt(owner)
-    for a, b in zip([owner(X), owner(X, 1.5), owner(x=X, factor=3.0)], before, strict=True):
-        assert torch.equal(a, b)
-    assert max_error(fill_blocks(owner)(X), before[0]) > 1e-3
+    before = owner(X)
+    unchanged(owner, lambda m: m(X), lambda m: m(X, 1.5), lambda m: m(x=X, factor=3.0))
+    assert max_error(fill_blocks(owner)(X), before) > 1e-3
     mc.unload(owner)
     assert owner.forward is forward
 
@@ -226,207 +317,92 @@ def test_a_method_bound_to_the_instance_is_foreign_unless_it_is_the_class_s_own(
     def doubled(self: nn.Linear, input: Tensor) -> Tensor:
         return F.linear(input, self.weight) * 2
 
-    own, other = nn.Linear(12, 8), nn.Linear(12, 8)
-    own.forward = types.MethodType(nn.Linear.forward, own)  # type: ignore[method-assign]
-    other.forward = types.MethodType(doubled, other)  # type: ignore[method-assign]
-    before = other(X)
-    assert type(adapt(own)).scope.opaque is None
-    assert type(adapt(other)).scope.opaque == "its instance attribute `forward` was set by other code"
-    assert torch.equal(other(X), before)
+    for forward, reason in ((nn.Linear.forward, None), (doubled, FOREIGN)):
+        owner = nn.Linear(12, 8)
+        owner.forward = types.MethodType(forward, owner)  # type: ignore[method-assign]
+        unchanged(owner, lambda m: m(X))
+        assert opaque(owner) == reason
 
 
 def test_a_wrapper_with_nothing_but_varargs_takes_one_input() -> None:
     owner = nn.Linear(12, 8)
     inner = owner.forward
     owner.forward = lambda *args: inner(*args)  # type: ignore[method-assign]
-    scope = Scope(nn.Linear, 12, 8, torch.float32)
-    make_opaque(scope, owner, owner.forward, "told")
+    scope = opaque_scope(owner, nn.Linear, (12, 8), owner.forward, "told")
     assert (scope.opaque, next(iter(scope.graph.nodes)).target) == ("told", "input")
-    assert torch.equal(adapt(owner)(X), F.linear(X, owner.weight, owner.bias))
-
-
-class _VariadicKeywords(nn.Linear):
-    def forward(self, x: Tensor, **options: float) -> Tensor:
-        return super().forward(x) * options.get("factor", 1.0) if x.ndim else x
-
-
-class _VariadicArguments(nn.Linear):
-    def forward(self, x: Tensor, *factors: float) -> Tensor:
-        return super().forward(x) * (factors[0] if factors else 1.0) if x.sum() else x
-
-
-def test_an_opaque_forward_keeps_its_variadic_keywords() -> None:
-    owner = _VariadicKeywords(12, 8)
-    before = owner(X, factor=3.0)
-    assert torch.equal(adapt(owner)(X, factor=3.0), before)
-
-
-def test_an_opaque_forward_keeps_its_variadic_arguments() -> None:
-    owner = _VariadicArguments(12, 8)
-    before = owner(X, 3.0)
-    assert torch.equal(adapt(owner)(X, 3.0), before)
+    unchanged(owner, lambda m: m(X))
 
 
 # --- forwards that a trace would silently change --------------------------------------------------------------------
 
 
-class _Optional(nn.Linear):
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = super().forward(x)
-        return y if residual is None else y + residual
+def unchanged(owner: nn.Module, *calls: Callable[[nn.Module], Tensor]) -> None:
+    """Adapting with zero blocks changes no bit of a call."""
 
+    def results() -> list[Tensor]:
+        found = []
+        for call in calls:
+            torch.manual_seed(5)
+            found.append(call(owner))
+        return found
 
-class _TypeCheck(nn.Linear):
-    def forward(self, x: Any) -> Tensor:
-        return super().forward(x if isinstance(x, Tensor) else x * 2)  # a proxy is no tensor
-
-
-class _Constant(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * torch.tensor(2.0)
-
-
-class _Noise(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + torch.randn(self.out_features)
-
-
-class _GradMode(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y if torch.is_grad_enabled() else y * 2
-
-
-class _Detached(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y = F.linear(x, self.weight)
-        return y + self.bias
-
-
-class _Child(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-
-class _ReadsChild(nn.Linear):
-    def __init__(self, in_features: int, out_features: int, factor: float = 1.0) -> None:
-        super().__init__(in_features, out_features)
-        self.child = _Child(factor)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.child.factor
-
-
-class _ReadsDict(_ReadsAttribute):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) * self.__dict__["scale"]
-
-
-class _Stack(nn.Linear):
-    def __init__(self, in_features: int, out_features: int, depth: int = 1) -> None:
-        super().__init__(in_features, out_features)
-        self.after = nn.ModuleList(nn.Tanh() for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        for module in self.after:
-            y = module(y) + y
-        return y
-
-
-class _Last(nn.Linear):
-    def __init__(self, in_features: int, out_features: int, depth: int = 1) -> None:
-        super().__init__(in_features, out_features)
-        self.after = nn.ModuleList((nn.Tanh(), nn.ReLU())[:depth])
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.after[-1](super().forward(x))
-        return y
-
-
-def _same(owner: nn.Module, *calls: Callable[[], Any]) -> None:
-    """Adapting with zero blocks changes no call."""
-    before = []
-    for call in calls:
-        torch.manual_seed(5)
-        before.append(call())
+    before = results()
     adapt(owner)
-    for call, expected in zip(calls, before, strict=True):
-        torch.manual_seed(5)
-        assert torch.equal(call(), expected)
+    for after, expected in zip(results(), before, strict=True):
+        assert after.dtype == expected.dtype
+        assert torch.equal(after, expected)
 
 
-def test_an_optional_argument_may_be_given_or_not() -> None:
-    owner = _Optional(12, 8)
-    _same(owner, lambda: owner(X), lambda: owner(X, torch.ones(8)))
-
-
-def test_a_type_check_of_the_input_still_happens() -> None:
-    owner = _TypeCheck(12, 8)
-    _same(owner, lambda: owner(X))
-
-
-def test_a_tensor_made_in_the_forward() -> None:
-    owner = _Constant(12, 8)
-    _same(owner, lambda: owner(X))
-
-
-def test_random_numbers_are_drawn_anew() -> None:
-    owner = _Noise(12, 8)
-    _same(owner, lambda: owner(X))
-    assert not torch.equal(owner(X), owner(X))
-
-
-def test_the_gradient_mode_is_read_at_each_call() -> None:
-    owner = _GradMode(12, 8)
-    _same(owner, lambda: owner(X), torch.no_grad()(lambda: owner(X)))
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("variadic_keywords", [lambda m: m(X, factor=3.0)]),
+        ("variadic_arguments", [lambda m: m(X, 3.0)]),
+        ("optional", [lambda m: m(X), lambda m: m(X, torch.ones(8))]),
+        ("type_check", [lambda m: m(X)]),
+        ("constant", [lambda m: m(X)]),
+        ("noise", [lambda m: m(X)]),
+        ("gradient_mode", [lambda m: m(X), torch.no_grad()(lambda m: m(X))]),
+        ("full_precision", [torch.autocast("cpu", torch.bfloat16)(lambda m: m(X))]),
+    ],
+)
+def test_what_a_trace_would_freeze_is_decided_at_each_call(name: str, calls: list[Callable[[nn.Module], Tensor]]) -> None:
+    owner = make(name)
+    unchanged(owner, *calls)
+    assert torch.equal(owner(X), owner(X)) == (name != "noise")
 
 
 def test_a_block_without_gradients_stays_without() -> None:
-    owner = _Detached(12, 8)
-    adapt(owner)
+    owner = adapt(make("detached"))
     owner.weight.requires_grad_(True)
     owner(X).sum().backward()
     assert owner.weight.grad is None
 
 
-def test_autocast_switched_off_in_the_forward_stays_off() -> None:
-    class Full(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", enabled=False):
-                return F.linear(x, self.weight, self.bias)
-
-    owner = Full(12, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = owner(X)
-        after = adapt(owner)(X)
-    assert before.dtype == torch.float32
-    assert torch.equal(after, before)
-
-
-@pytest.mark.parametrize(("kind", "values"), [(_ReadsChild, (1.0, 5.0)), (_Stack, (1, 3)), (_Last, (1, 2))])
-def test_owners_that_differ_inside_their_children_do_not_share_a_trace(kind: Any, values: tuple[Any, Any]) -> None:
-    model = nn.Sequential(*(kind(12, 8, value) for value in values))
+@pytest.mark.parametrize(("name", "values"), [("reads_child", (1, 5)), ("stack", (1, 3)), ("last", (1, 2))])
+def test_owners_that_differ_inside_their_children_do_not_share_a_trace(name: str, values: tuple[int, int]) -> None:
+    model = nn.Sequential(*(make(name, value) for value in values))
     before = [owner(X) for owner in model]
     mc.adapt(model, mc.MissConfig(r=4, target_modules="[01]"))
     for owner, expected in zip(model, before, strict=True):
         assert torch.equal(owner(X), expected)
 
 
-def test_an_attribute_read_through_the_dict_is_not_frozen() -> None:
-    owner = adapt(_ReadsDict(12, 8))
-    owner.scale = 7.0
-    assert torch.equal(owner(X), F.linear(X, owner.weight) * 7.0)
-
-
 # --- the module is not changed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, _Scaled, _Branches, _ReadsTraining, _ReadsAttribute, _Noise])
-def test_tracing_and_probing_change_nothing(kind: type[nn.Module]) -> None:
-    owner = kind(12, 8)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Linear(12, 8),
+        lambda: Conv1D(8, 12),
+        _Scaled,
+        *(functools.partial(make, name) for name in ("branches", "reads_training", "reads_attribute", "noise")),
+    ],
+)
+def test_tracing_and_probing_change_nothing(build: Callable[[], nn.Module]) -> None:
+    owner = build()
+    kind = type(owner)
     members = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(owner).items()}
     tensors = {name: value.clone() for name, value in owner.state_dict().items()}
     trace(owner)
@@ -436,119 +412,37 @@ def test_tracing_and_probing_change_nothing(kind: type[nn.Module]) -> None:
     assert all(torch.equal(value, tensors[name]) for name, value in owner.state_dict().items())
 
 
-class _Counts(nn.Linear):
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls.add_(1)
-        return super().forward(x)
-
-
-class _Observes(nn.Linear):
-    """A range observer, as quantisation-aware training has it."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.register_buffer("largest", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.largest = torch.maximum(self.largest, x.detach().abs().max())
-        return super().forward(x)
-
-
-class _Remembers(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        self.last = x
-        return super().forward(x)
-
-
-class _Collects(nn.Linear):
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x)
-        return super().forward(x)
-
-
-@pytest.mark.parametrize(("kind", "buffer"), [(_Counts, "calls"), (_Observes, "largest")])
-def test_a_probe_writes_no_buffer(kind: type[nn.Module], buffer: str) -> None:
-    owner = kind(12, 8)
-    held = owner.get_buffer(buffer)
-    assert probe_opaque(owner, kind, (12, 8)) is None
-    assert owner.get_buffer(buffer) is held
-    assert held == 0
-
-
-def test_a_buffer_written_in_place_is_written_by_calls_and_by_nothing_else() -> None:
-    owner = adapt(_Counts(12, 8))
-    assert owner.calls == 0
+@pytest.mark.parametrize("name", ["counts", "observes", "remembers", "collects"])
+def test_what_a_forward_writes_is_written_by_calls_and_by_nothing_else(name: str) -> None:
+    owner = make(name)
+    held = dict(owner._buffers)
+    assert probe_opaque(owner, type(owner), (12, 8)) is None
+    adapt(owner)
+    assert all(owner._buffers[name] is buffer for name, buffer in held.items())
+    assert (owner.calls, owner.largest, owner.last_input, owner.seen) == (0, 0, None, [])
     owner(X)
-    assert owner.calls == 1
+    assert owner.calls == (name == "counts")
+    assert owner.largest == (X.abs().max() if name == "observes" else 0)
+    assert owner.last_input is (X if name == "remembers" else None)
+    assert [x is X for x in owner.seen] == [True] * (name == "collects")
 
 
-def test_a_buffer_assigned_in_the_forward_is_assigned_by_calls_and_by_nothing_else() -> None:
-    owner = adapt(_Observes(12, 8))
-    assert type(owner.largest) is Tensor
-    assert owner.largest == 0
-    owner(X)
-    assert owner.largest == X.abs().max()
-
-
-def test_an_attribute_set_in_the_forward_is_still_set() -> None:
-    owner = adapt(_Remembers(12, 8))
-    assert not hasattr(owner, "last")
-    owner(X)
-    assert owner.last is X
-
-
-def test_a_list_filled_in_the_forward_holds_inputs_only() -> None:
-    owner = adapt(_Collects(12, 8))
-    assert owner.seen == []
-    owner(X)
-    assert owner.seen == [X]
-
-
-# --- probe_opaque and require_linear_output -------------------------------------------------------------------------
-
-
-class _ReturnsTuple(nn.Linear):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.sum() < 0:
-            raise ValueError
-        return super().forward(x), self.bias
-
-
-class _Grouped(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.weight[0]).unflatten(-1, (int(x.shape[-1] / 3), 3))
-
-
-class _TwoInputs(nn.Linear):
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        return super().forward(x[index])
-
-
-class _LooksAtValues(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * float(x.max())
+# --- what is no linear ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "problem"),
+    ("name", "problem"),
     [
-        (_ReadsAttribute, None),
-        (_LooksAtValues, None),
-        (_ReturnsTuple, None),
-        (_Grouped, r"tensor whose last dimension is 8, found a tensor of shape \(2, 4, 3\): exclude it"),
-        (_TwoInputs, r"its forward is not a function of one input \(missing a required argument: 'index'\)"),
+        ("reads_attribute", None),
+        ("looks_at_values", None),
+        ("returns_tuple", None),
+        ("grouped", r"tensor whose last dimension is 8, found a tensor of shape \(2, 4, 3\): exclude it"),
+        ("two_inputs", r"its forward is not a function of one input \(missing a required argument: 'index'\)"),
     ],
 )
-def test_probe(kind: type[nn.Linear], problem: str | None) -> None:
-    found = probe_opaque(kind(12, 8), kind, (12, 8))
+def test_probe(name: str, problem: str | None) -> None:
+    owner = make(name)
+    found = probe_opaque(owner, type(owner), (12, 8))
     assert found is None if problem is None else re.search(problem, str(found))
 
 
@@ -570,31 +464,26 @@ def test_a_router_that_returns_a_tuple_is_refused_by_name_and_skipped_by_all_lin
 
 
 def test_an_output_that_only_the_run_shows_to_be_no_linear_s() -> None:
-    owner = adapt(_ReturnsTuple(12, 8))
-    with pytest.raises(
-        mc.UnsupportedModuleError, match=r"last dimension is 8, found a tuple: exclude it from target_modules"
-    ):
-        owner(X.abs())
+    text = "an adapted returns_tuple should .* last dimension is 8, found a tuple: exclude it from target_modules"
+    with pytest.raises(mc.UnsupportedModuleError, match=text):
+        adapt(make("returns_tuple"))(X.abs())
 
 
-def test_require_linear_output() -> None:
+def test_what_an_opaque_call_may_return() -> None:
     y = torch.ones(2, 8)
-    assert require_linear_output(y, 8) is y
-    with pytest.raises(mc.UnsupportedModuleError, match=r"found a tensor of shape \(2, 8\)"):
-        require_linear_output(y, 9)
-    with pytest.raises(mc.UnsupportedModuleError, match="found a NoneType"):
-        require_linear_output(None, 8)
+    assert call_opaque(lambda x: x, 8, y, (), {}) is y
+    for returned, width, found in ((y, 9, r"of shape \(2, 8\)"), (None, 8, "a NoneType"), (y.sum(), 8, r"of shape \(\)")):
+        with pytest.raises(mc.UnsupportedModuleError, match=f"an adapted module should .* found .*{found}: exclude it"):
+            call_opaque(lambda x, result=returned: result, width, X, (), {})
 
 
 @pytest.mark.parametrize("init_weights", VARIANTS)
 def test_bat_on_an_opaque_module_is_refused_with_the_reason(init_weights: Any) -> None:
-    model = nn.Sequential(_ReadsTraining(12, 8))
+    model = nn.Sequential(make("reads_training"))
     if init_weights != "bat":
-        adapted(model, init_weights, target_modules=["0"])
+        adapted(model, init_weights, target_modules="0")
         return
-    text = (
-        r"0 \(_ReadsTraining\): its forward chooses by .*self.training.*'bat' needs the weight itself.*True or 'mini' do not"
-    )
+    text = r"0 \(reads_training\): its forward chooses by .*self.training.*'bat' needs the weight itself.*True or 'mini' do"
     with pytest.raises(mc.UnsupportedModuleError, match=text):
-        adapted(model, init_weights, target_modules=["0"])
-    assert type(model[0]) is _ReadsTraining
+        adapted(model, init_weights, target_modules="0")
+    assert type(model[0]) is kind_of("reads_training")
