@@ -136,7 +136,9 @@ class _Rewrite:
         """The node stays where it is and keeps its name, so that what was said of it holds."""
         site, node = self.site, self.site.node
         self.block = blocks[0]
-        weight, parameters = self.weight, [self._parameter(block) for block in blocks]
+        weight, parameters = self.weight, []
+        for self.block in blocks:
+            parameters.append(self._parameter(self.block))
         rounds = all(block.round_weight for block in blocks)
         node.op, node.target, node.kwargs = "call_function", kernels.bat_linear, {}
         node.args = (site.x, weight, site.added, parameters, rounds)
