@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import TwoLinears, tiny_bert, tiny_llama, token_batch
 
 import misscompile as mc
-from misscompile.graphs import WholeGraph, record_of
+from misscompile.hosts.whole_graph import WholeGraph, record_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from zoo import IN, OUT, TwoLinears, captured, holder, tiny_llama, token_batch
 
 import misscompile as mc
 from misscompile.errors import UnsupportedModuleError
-from misscompile.graphs import WholeGraph
+from misscompile.hosts.whole_graph import WholeGraph
 
 X = torch.randn(3, 5, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 EVERY = {"r": 2, "target_modules": "all-linear"}
@@ -146,7 +146,7 @@ def test_typos_are_told_with_the_closest_names() -> None:
 
 
 def test_a_model_type_without_a_default_is_told() -> None:
-    with pytest.raises(mc.ConfigError, match=r"no default for a graph of model_type=None.*linear names: up, down"):
+    with pytest.raises(mc.ConfigError, match=r"no default for model_type=None.*linear names of this model: up, down"):
         mc.adapt(mc.capture(TwoLinears(), (torch.randn(3, 12),)), {"r": 2})
 
 

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from zoo import IN, OUT, Model, holder, normal
 
 import misscompile as mc
-from misscompile.passes.match import WeightError, apply_steps, passes_weight, trace_weight
+from misscompile.passes.weight_paths import WeightError, apply_steps, passes_weight, trace_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 View = Callable[[Tensor], Tensor]
@@ -237,7 +237,7 @@ def test_a_convolution_may_be_viewed(tracer: str, init_weights: Any) -> None:
 def test_refuses_names_without_a_tensor() -> None:
     nothing = fx.Graph().get_attr("gone")
     with pytest.raises(WeightError, match=r"^its weight 'gone' is no tensor of the graph module, not a parameter$"):
-        trace_weight(nothing, lambda target: None)
+        trace_weight(nothing, nn.Module())
 
 
 def test_tells_views_from_uses() -> None:
