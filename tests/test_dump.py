@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import adapted
+from support import adapted, fields
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from zoo import TwoLinears
@@ -160,14 +160,11 @@ CODE = text("""
         input_1 = input
         weight = self.weight
         bias = self.bias
+        sum_shards = misscompile_kernels_shards_sum_shards(input_1, 4, True)
         miss_block_a = self.miss_block_a
-        operand_dtype = misscompile_variants_operand_dtype(input_1)
-        unflatten = torch.unflatten(input_1, -1, (3, 4))
-        sum_1 = unflatten.sum(-2, dtype = operand_dtype);  unflatten = operand_dtype = None
-        share_sum = misscompile_sharing_share_sum(sum_1, input_1);  sum_1 = None
         linear = torch._C._nn.linear(input_1, weight, bias);  input_1 = weight = bias = None
-        add_product = misscompile_variants_add_product(linear, share_sum, miss_block_a, 3);  linear = share_sum = miss_block_a = None
-        return add_product
+        add_update = misscompile_kernels_shards_add_update(linear, sum_shards, miss_block_a, 3);  linear = sum_shards = miss_block_a = None
+        return add_update
 """)  # noqa: E501
 
 
@@ -195,20 +192,20 @@ def test_code_tells_why_a_scope_is_opaque() -> None:
         "# opaque: its forward reads self.scale, which a trace would freeze or lose",
         "# before",
     ]
-    assert "(base_forward, 8, x, _args, _kwargs)" in "\n".join(lines)
+    assert "(miss_base_forward, 8, x, _args, _kwargs)" in "\n".join(lines)
 
 
-@pytest.mark.parametrize("state", ["disabled", "merged"])
-def test_code_shows_what_runs_now(state: str) -> None:
-    model = adapted(TwoLinears())
-    if state == "merged":
-        mc.merge(model, keep_adapters=True)
-        code = mc.dump(model, "code")
-    else:
-        with mc.disable_adapter(model):
-            code = mc.dump(model, "code")
-    before, after = code.split("\n\n\n")[0].split("# before\n")[1].split("\n\n# after\n")
-    assert after == before
+@pytest.mark.parametrize("captured", [False, True])
+def test_code_shows_what_runs_now(captured: bool) -> None:
+    model = mc.adapt(mc.capture(TwoLinears(), (torch.ones(3, 12),)) if captured else TwoLinears(), fields())
+    acting = mc.dump(model, "code")
+    assert acting.count("# after") == (1 if captured else 2)
+    assert acting.count("add_update = ") == 2
+    with mc.disable_adapter(model):
+        assert "add_update" not in mc.dump(model, "code")
+    assert mc.dump(model, "code") == acting
+    mc.merge(model, keep_adapters=True)
+    assert "add_update" not in mc.dump(model, "code")
 
 
 @pytest.mark.parametrize("format", ["text", "code"])

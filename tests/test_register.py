@@ -25,10 +25,11 @@ def plan_for(model: nn.Module, name: str = "default", init_weights: Any = True, 
     return make_plan(open_host(model, "adapt"), mc.MissConfig(**fields(init_weights, **changes)), name)
 
 
-def registered(
-    model: nn.Module, autocast: bool = True, values: Mapping[str, Tensor] | None = None, plan: Plan | None = None, **changes: Any
-) -> Plan:
-    plan = plan or plan_for(model, **changes)
+def registered(model: nn.Module, autocast: bool = True, values: Mapping[str, Tensor] | None = None, **changes: Any) -> Plan:
+    return register(model, plan_for(model, **changes), autocast, values)
+
+
+def register(model: nn.Module, plan: Plan, autocast: bool = True, values: Mapping[str, Tensor] | None = None) -> Plan:
     create_blocks(plan, autocast, values)
     register_blocks(open_host(model, "adapt"), plan)
     return plan
@@ -94,7 +95,7 @@ def test_nothing_to_do() -> None:
     model = TwoLinears()
     plan = plan_for(model)
     plan.targets = []
-    registered(model, plan=plan)
+    register(model, plan)
     assert plan.parameters == {}
     assert owner_states(model) == {}
     assert len(list(model.parameters())) == 3

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from zoo import ZOO, tiny_t5
 
 import misscompile as mc
-from misscompile.passes.bypass import find_bypassed, weight_uses
+from misscompile.passes.weight_reads import find_read_weights, weight_uses
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 
 
 def bypassed(model: nn.Module) -> dict[str, str]:
     names = {module: name for name, module in model.named_modules()}
-    return {names[module]: bypass.reason for module, bypass in find_bypassed(model.modules()).items()}
+    return {names[module]: bypass.reason for module, bypass in find_read_weights(model.modules()).items()}
 
 
 class _Attention(nn.Module):
@@ -106,9 +106,9 @@ def test_t5_looks_only_at_the_dtype_of_wo() -> None:
 @pytest.mark.parametrize("make", [pytest.param(ZOO[name].make, id=name) for name in ("llama", "gpt2", "bert", "vit")])
 def test_nothing_is_found_in_ordinary_models(make: Callable[[], nn.Module]) -> None:
     model = make()
-    assert find_bypassed(model.modules()) == {}
+    assert find_read_weights(model.modules()) == {}
     adapted(model)
-    assert find_bypassed(model.modules()) == {}
+    assert find_read_weights(model.modules()) == {}
 
 
 def _bloom() -> nn.Module:
@@ -286,7 +286,7 @@ def test_no_reads(kind: type[_Base]) -> None:
 def test_a_path_that_is_no_module_of_this_instance_is_passed_over() -> None:
     model = _Reads()
     del model.proj
-    assert find_bypassed(model.modules()) == {}
+    assert find_read_weights(model.modules()) == {}
 
 
 def test_a_class_without_source_or_forward_is_passed_over() -> None:
