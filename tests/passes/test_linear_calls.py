@@ -6,6 +6,7 @@ Each is shown by an adapter on it: outputs, gradients and the merge against fp64
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -35,123 +36,115 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 View = Callable[[Tensor], Tensor]
 
 
-def same(weight: Tensor) -> Tensor:
-    return weight
-
-
-def swapped(weight: Tensor) -> Tensor:
-    return weight.t()
-
-
-def module(kind: Callable[[], nn.Module]) -> Model:
-    torch.manual_seed(0)
-    built = kind().double()
-    for parameter in built.parameters():
-        nn.init.normal_(parameter)
-    return Model(built)
-
-
 TOKENS = (3, 5, IN)
-FORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], View]] = {
-    "F.linear": (lambda: holder(lambda w, b, x: F.linear(x, w, b)), TOKENS, same),
-    "F.linear by keywords": (lambda: holder(lambda w, b, x: F.linear(input=x, weight=w, bias=b)), TOKENS, same),
-    "addmm": (lambda: holder(lambda w, b, x: torch.addmm(b, x, w), (IN, OUT)), (5, IN), swapped),
-    "addmm of t": (lambda: holder(lambda w, b, x: torch.addmm(b, x, w.t())), (5, IN), same),
-    "mm": (lambda: holder(lambda w, b, x: torch.mm(x, w) + b, (IN, OUT)), (5, IN), swapped),
-    "matmul": (lambda: holder(lambda w, b, x: torch.matmul(x, w) + b, (IN, OUT)), TOKENS, swapped),
-    "method matmul": (lambda: holder(lambda w, b, x: x.matmul(w) + b, (IN, OUT)), TOKENS, swapped),
-    "@": (lambda: holder(lambda w, b, x: x @ w, (IN, OUT)), TOKENS, swapped),
-    "@ T": (lambda: holder(lambda w, b, x: x @ w.T), TOKENS, same),
-    "@ transpose": (lambda: holder(lambda w, b, x: x @ w.transpose(-1, -2)), TOKENS, same),
-    "@ permute": (lambda: holder(lambda w, b, x: x @ w.permute(1, 0)), TOKENS, same),
-    "einsum out_in": (lambda: holder(lambda w, b, x: torch.einsum("bti,oi->bto", x, w)), TOKENS, same),
-    "einsum in_out": (lambda: holder(lambda w, b, x: torch.einsum("...i,io->...o", x, w), (IN, OUT)), TOKENS, swapped),
-    "einsum weight first": (lambda: holder(lambda w, b, x: torch.einsum("oi,bti->bto", w, x)), TOKENS, same),
-    "view": (
-        lambda: holder(lambda w, b, x: F.linear(x, w.view(OUT, IN), b), (4, OUT // 4, IN)),
-        TOKENS,
-        lambda w: w.view(OUT, IN),
+IN_OUT, CONV = (IN, OUT), (OUT, IN, 1, 1)
+IMAGE = (2, IN, 4, 5)
+
+
+@dataclasses.dataclass
+class Form:
+    """A linear in one form: the module, the shape of its input, and the view of the weight that is `(out, in)`."""
+
+    make: Callable[[], nn.Module]
+    x: tuple[int, ...] = TOKENS
+    view: View = lambda weight: weight
+
+
+def flat(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
+
+
+def rule(
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor],
+    shape: tuple[int, ...] = (OUT, IN),
+    x: tuple[int, ...] = TOKENS,
+    view: View | None = None,
+) -> Form:
+    """The call `forward(weight, bias, x)` of a weight of this shape, which by default is transposed if it is (in, out)."""
+    is_swapped = view is None and shape == IN_OUT
+    return Form(lambda: holder(forward, shape), x, view or (Tensor.t if is_swapped else lambda w: w.view(OUT, IN)))
+
+
+def module(kind: Callable[[], nn.Module], x: tuple[int, ...] = TOKENS, view: View = flat) -> Form:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        built = kind().double()
+        for parameter in built.parameters():
+            nn.init.normal_(parameter)
+        return Model(built)
+
+    return Form(make, x, view)
+
+
+def conv(x: tuple[int, ...] = IMAGE, kind: Any = nn.Conv2d, **changes: Any) -> Form:
+    return module(lambda: kind(IN, OUT, 1, **changes), x)
+
+
+FORMS: dict[str, Form] = {
+    "F.linear": rule(lambda w, b, x: F.linear(x, w, b)),
+    "F.linear by keywords": rule(lambda w, b, x: F.linear(input=x, weight=w, bias=b)),
+    "addmm": rule(lambda w, b, x: torch.addmm(b, x, w), IN_OUT, (5, IN)),
+    "addmm of t": rule(lambda w, b, x: torch.addmm(b, x, w.t()), x=(5, IN)),
+    "mm": rule(lambda w, b, x: torch.mm(x, w) + b, IN_OUT, (5, IN)),
+    "matmul": rule(lambda w, b, x: torch.matmul(x, w) + b, IN_OUT),
+    "method matmul": rule(lambda w, b, x: x.matmul(w) + b, IN_OUT),
+    "@": rule(lambda w, b, x: x @ w, IN_OUT),
+    "@ T": rule(lambda w, b, x: x @ w.T),
+    "@ transpose": rule(lambda w, b, x: x @ w.transpose(-1, -2)),
+    "@ permute": rule(lambda w, b, x: x @ w.permute(1, 0)),
+    "einsum out_in": rule(lambda w, b, x: torch.einsum("bti,oi->bto", x, w)),
+    "einsum in_out": rule(lambda w, b, x: torch.einsum("...i,io->...o", x, w), IN_OUT),
+    "einsum weight first": rule(lambda w, b, x: torch.einsum("oi,bti->bto", w, x)),
+    "view": rule(lambda w, b, x: F.linear(x, w.view(OUT, IN), b), (4, OUT // 4, IN)),
+    "reshape then t": rule(
+        lambda w, b, x: F.linear(x, w.reshape(IN, OUT).t(), b), (IN, 4, OUT // 4), view=lambda w: w.view(IN, OUT).t()
     ),
-    "reshape then t": (
-        lambda: holder(lambda w, b, x: F.linear(x, w.reshape(IN, OUT).t(), b), (IN, 4, OUT // 4)),
-        TOKENS,
-        lambda w: w.view(IN, OUT).t(),
-    ),
-    "cast": (lambda: holder(lambda w, b, x: F.linear(x, w.to(torch.float64), b)), TOKENS, same),
-    "split": (
-        lambda: holder(lambda w, b, x: F.linear(x, w.split([8, OUT], 0)[1]), (8 + OUT, IN)),
-        TOKENS,
-        lambda w: w[8:],
-    ),
-    "chunk": (lambda: holder(lambda w, b, x: F.linear(x, w.chunk(2)[1], b), (2 * OUT, IN)), TOKENS, lambda w: w[OUT:]),
-    "slice": (lambda: holder(lambda w, b, x: F.linear(x, w[4 : 4 + OUT], b), (30, IN)), TOKENS, lambda w: w[4 : 4 + OUT]),
-    "slice from": (lambda: holder(lambda w, b, x: x @ w[4:].t(), (4 + OUT, IN)), TOKENS, lambda w: w[4:]),
-    "F.conv2d": (
-        lambda: holder(lambda w, b, x: F.conv2d(x, w, b), (OUT, IN, 1, 1)),
-        (2, IN, 4, 5),
-        lambda w: w.flatten(1),
-    ),
-    "nn.Linear": (lambda: module(lambda: nn.Linear(IN, OUT)), TOKENS, same),
-    "Conv1D": (lambda: module(lambda: Conv1D(OUT, IN)), TOKENS, swapped),
-    "nn.Conv1d": (lambda: module(lambda: nn.Conv1d(IN, OUT, 1)), (2, IN, 7), lambda w: w.flatten(1)),
-    "nn.Conv2d": (lambda: module(lambda: nn.Conv2d(IN, OUT, 1, bias=False)), (2, IN, 4, 5), lambda w: w.flatten(1)),
-    "nn.Conv2d stride": (
-        lambda: module(lambda: nn.Conv2d(IN, OUT, 1, stride=(2, 1))),
-        (2, IN, 4, 5),
-        lambda w: w.flatten(1),
-    ),
-    "nn.Conv2d stride 2": (lambda: module(lambda: nn.Conv2d(IN, OUT, 1, stride=2)), (2, IN, 5, 6), lambda w: w.flatten(1)),
-    "nn.Conv2d same": (lambda: module(lambda: nn.Conv2d(IN, OUT, 1, padding="same")), (2, IN, 4, 5), lambda w: w.flatten(1)),
-    "nn.Conv2d unbatched": (lambda: module(lambda: nn.Conv2d(IN, OUT, 1)), (IN, 4, 5), lambda w: w.flatten(1)),
-    "nn.Conv3d": (lambda: module(lambda: nn.Conv3d(IN, OUT, 1)), (2, IN, 2, 3, 4), lambda w: w.flatten(1)),
+    "cast": rule(lambda w, b, x: F.linear(x, w.to(torch.float64), b)),
+    "split": rule(lambda w, b, x: F.linear(x, w.split([8, OUT], 0)[1]), (8 + OUT, IN), view=lambda w: w[8:]),
+    "chunk": rule(lambda w, b, x: F.linear(x, w.chunk(2)[1], b), (2 * OUT, IN), view=lambda w: w[OUT:]),
+    "slice": rule(lambda w, b, x: F.linear(x, w[4 : 4 + OUT], b), (30, IN), view=lambda w: w[4 : 4 + OUT]),
+    "slice from": rule(lambda w, b, x: x @ w[4:].t(), (4 + OUT, IN), view=lambda w: w[4:]),
+    "F.conv2d": rule(lambda w, b, x: F.conv2d(x, w, b), CONV, IMAGE),
+    "nn.Linear": module(lambda: nn.Linear(IN, OUT)),
+    "Conv1D": module(lambda: Conv1D(OUT, IN), view=Tensor.t),
+    "nn.Conv1d": conv((2, IN, 7), nn.Conv1d),
+    "nn.Conv2d": conv(bias=False),
+    "nn.Conv2d stride": conv(stride=(2, 1)),
+    "nn.Conv2d stride 2": conv((2, IN, 5, 6), stride=2),
+    "nn.Conv2d same": conv(padding="same"),
+    "nn.Conv2d unbatched": conv((IN, 4, 5)),
+    "nn.Conv3d": conv((2, IN, 2, 3, 4), nn.Conv3d),
 }
-
-
-def rows(first: int, last: int | None = None) -> View:
-    return lambda weight: weight[first:last]
-
-
-def shaped(*shape: int) -> View:
-    return lambda weight: weight.view(shape)
-
-
-SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], tuple[int, ...], tuple[int, ...], View]] = {
-    "addmm by keywords": (lambda w, b, x: torch.addmm(b, mat1=x, mat2=w), (IN, OUT), (5, IN), swapped),
-    "mm by keywords": (lambda w, b, x: torch.mm(x, mat2=w), (IN, OUT), (5, IN), swapped),
-    "method mm": (lambda w, b, x: x.mm(w), (IN, OUT), (5, IN), swapped),
-    "matmul by keywords": (lambda w, b, x: torch.matmul(x, other=w), (IN, OUT), TOKENS, swapped),
-    "einsum with spaces": (lambda w, b, x: torch.einsum("bti, oi -> bto", x, w), (OUT, IN), TOKENS, same),
-    "einsum of a list": (lambda w, b, x: torch.einsum("...i,io->...o", [x, w]), (IN, OUT), TOKENS, swapped),
-    "F.conv1d": (lambda w, b, x: F.conv1d(x, w, b), (OUT, IN, 1), (2, IN, 6), shaped(OUT, IN)),
-    "F.conv2d valid": (lambda w, b, x: F.conv2d(x, w, padding="valid"), (OUT, IN, 1, 1), (2, IN, 3, 4), shaped(OUT, IN)),
-    "F.conv2d same": (lambda w, b, x: F.conv2d(x, w, padding="same"), (OUT, IN, 1, 1), (2, IN, 3, 4), shaped(OUT, IN)),
-    "F.conv2d strides": (lambda w, b, x: F.conv2d(x, w, b, stride=(2, 3)), (OUT, IN, 1, 1), (2, IN, 5, 7), shaped(OUT, IN)),
-    "F.conv3d": (lambda w, b, x: F.conv3d(x, w, b), (OUT, IN, 1, 1, 1), (2, IN, 3, 4, 5), shaped(OUT, IN)),
-    "convolution": (
-        lambda w, b, x: torch.convolution(x, w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
-        (OUT, IN, 1, 1),
-        (2, IN, 3, 4),
-        shaped(OUT, IN),
-    ),
-    "torch.t": (lambda w, b, x: F.linear(x, torch.t(w)), (IN, OUT), TOKENS, swapped),
-    "t()": (lambda w, b, x: F.linear(x, w.t()), (IN, OUT), TOKENS, swapped),
-    "torch.transpose": (lambda w, b, x: F.linear(x, torch.transpose(w, 0, 1)), (IN, OUT), TOKENS, swapped),
-    "permute a tuple": (lambda w, b, x: F.linear(x, torch.permute(w, (1, 0))), (IN, OUT), TOKENS, swapped),
-    "t() twice": (lambda w, b, x: F.linear(x, w.t().t()), (OUT, IN), TOKENS, same),
-    "view -1": (lambda w, b, x: F.linear(x, w.view(-1, IN)), (3, 4, IN), TOKENS, shaped(OUT, IN)),
-    "flatten": (lambda w, b, x: F.linear(x, w.flatten(1)), (OUT, 2, 4), TOKENS, shaped(OUT, IN)),
-    "squeeze": (lambda w, b, x: F.linear(x, w.squeeze(0)), (1, OUT, IN), TOKENS, shaped(OUT, IN)),
-    "split in equal parts": (lambda w, b, x: F.linear(x, w.split(OUT)[2]), (3 * OUT, IN), TOKENS, rows(2 * OUT)),
-    "split by sizes": (lambda w, b, x: F.linear(x, torch.split(w, [4, OUT])[1]), (4 + OUT, IN), TOKENS, rows(4)),
-    "slice from the end": (lambda w, b, x: F.linear(x, w[-OUT:]), (30, IN), TOKENS, rows(30 - OUT)),
-    "part, then t": (lambda w, b, x: F.linear(x, w[IN:].t()), (2 * IN, OUT), TOKENS, lambda w: w[IN:].t()),
-    "casts": (lambda w, b, x: F.linear(x, w.double().to(torch.float64).contiguous()), (OUT, IN), TOKENS, same),
-    "data": (lambda w, b, x: F.linear(x, w.data), (OUT, IN), TOKENS, same),
+SPELLINGS: dict[str, Form] = {
+    "addmm by keywords": rule(lambda w, b, x: torch.addmm(b, mat1=x, mat2=w), IN_OUT, (5, IN)),
+    "mm by keywords": rule(lambda w, b, x: torch.mm(x, mat2=w), IN_OUT, (5, IN)),
+    "method mm": rule(lambda w, b, x: x.mm(w), IN_OUT, (5, IN)),
+    "matmul by keywords": rule(lambda w, b, x: torch.matmul(x, other=w), IN_OUT),
+    "einsum with spaces": rule(lambda w, b, x: torch.einsum("bti, oi -> bto", x, w)),
+    "einsum of a list": rule(lambda w, b, x: torch.einsum("...i,io->...o", [x, w]), IN_OUT),
+    "F.conv1d": rule(lambda w, b, x: F.conv1d(x, w, b), (OUT, IN, 1), (2, IN, 6)),
+    "F.conv2d valid": rule(lambda w, b, x: F.conv2d(x, w, padding="valid"), CONV, IMAGE),
+    "F.conv2d same": rule(lambda w, b, x: F.conv2d(x, w, padding="same"), CONV, IMAGE),
+    "F.conv2d strides": rule(lambda w, b, x: F.conv2d(x, w, b, stride=(2, 3)), CONV, (2, IN, 5, 7)),
+    "F.conv3d": rule(lambda w, b, x: F.conv3d(x, w, b), (OUT, IN, 1, 1, 1), (2, IN, 3, 4, 5)),
+    "convolution": rule(lambda w, b, x: torch.convolution(x, w, b, [1, 1], [0, 0], [1, 1], False, [0, 0], 1), CONV, IMAGE),
+    "torch.t": rule(lambda w, b, x: F.linear(x, torch.t(w)), IN_OUT),
+    "t()": rule(lambda w, b, x: F.linear(x, w.t()), IN_OUT),
+    "torch.transpose": rule(lambda w, b, x: F.linear(x, torch.transpose(w, 0, 1)), IN_OUT),
+    "permute a tuple": rule(lambda w, b, x: F.linear(x, torch.permute(w, (1, 0))), IN_OUT),
+    "t() twice": rule(lambda w, b, x: F.linear(x, w.t().t())),
+    "view -1": rule(lambda w, b, x: F.linear(x, w.view(-1, IN)), (3, 4, IN)),
+    "flatten": rule(lambda w, b, x: F.linear(x, w.flatten(1)), (OUT, 2, 4)),
+    "squeeze": rule(lambda w, b, x: F.linear(x, w.squeeze(0)), (1, OUT, IN)),
+    "split in equal parts": rule(lambda w, b, x: F.linear(x, w.split(OUT)[2]), (3 * OUT, IN), view=lambda w: w[2 * OUT :]),
+    "split by sizes": rule(lambda w, b, x: F.linear(x, torch.split(w, [4, OUT])[1]), (4 + OUT, IN), view=lambda w: w[4:]),
+    "slice from the end": rule(lambda w, b, x: F.linear(x, w[-OUT:]), (30, IN), view=lambda w: w[30 - OUT :]),
+    "part, then t": rule(lambda w, b, x: F.linear(x, w[IN:].t()), (2 * IN, OUT), view=lambda w: w[IN:].t()),
+    "casts": rule(lambda w, b, x: F.linear(x, w.double().to(torch.float64).contiguous())),
+    "data": rule(lambda w, b, x: F.linear(x, w.data)),
 }
 """Other words for the same; they are shown with bat alone, which reads the weight itself."""
-FORMS |= {
-    name: (functools.partial(holder, rule, shape), x_shape, view) for name, (rule, shape, x_shape, view) in SPELLINGS.items()
-}
+FORMS |= SPELLINGS
 CASES = [
     (form, tracer, variant)
     for form in FORMS
@@ -163,26 +156,15 @@ CASES = [
 
 @functools.cache
 def traced(form: str, tracer: str) -> tuple[nn.Module, fx.GraphModule]:
-    make, shape, _ = FORMS[form]
-    model = make()
-    return model, TRACERS[tracer](model, normal(*shape, dtype=torch.float64))
-
-
-def with_delta(model: nn.Module, view: View, init_weights: Any, block: Tensor) -> nn.Module:
-    """The plain model with `W + ΔW` written over the part of its weight that the call reads, in fp64."""
-    expected = copy.deepcopy(model)
-    with torch.no_grad():
-        part = view(expected.proj.weight)
-        part += reference_delta(init_weights, block, part)
-    return expected
+    model = FORMS[form].make()
+    return model, TRACERS[tracer](model, normal(*FORMS[form].x, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("form", "tracer", "init_weights"), CASES)
 def test_form(form: str, tracer: str, init_weights: Any) -> None:
-    make, shape, view = FORMS[form]
-    x = normal(*shape, dtype=torch.float64)
+    view, x = FORMS[form].view, normal(*FORMS[form].x, dtype=torch.float64)
     model, graph = traced(form, tracer)
-    weight = make().proj.weight.detach()
+    weight = FORMS[form].make().proj.weight.detach()
     before, code = graph_list(graph), graph.code
     adapted = mc.adapt(graph, fields(init_weights, target_modules=["proj"]))
     assert torch.equal(adapted(x), graph(x))
@@ -191,7 +173,9 @@ def test_form(form: str, tracer: str, init_weights: Any) -> None:
     fill_blocks(adapted, std=0.3)
     block = blocks_of(adapted)["proj.miss_block_default"]
     assert block.dtype == torch.float64
-    expected = with_delta(model, view, init_weights, block).requires_grad_(True)
+    expected = copy.deepcopy(model).requires_grad_(True)
+    with torch.no_grad():
+        view(expected.proj.weight).add_(reference_delta(init_weights, block, view(weight)))
     inputs = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
     y, reference = adapted(inputs[0]), expected(inputs[1])
     assert max_error(reference, graph(x)) > 1e-2
@@ -218,16 +202,12 @@ def test_form(form: str, tracer: str, init_weights: Any) -> None:
 @pytest.mark.parametrize("init_weights", VARIANTS)
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_a_convolution_may_be_viewed(tracer: str, init_weights: Any) -> None:
-    class Viewed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = nn.Conv2d(IN, OUT, 1)
-
+    class Viewed(Model):
         def forward(self, x: Tensor) -> Tensor:
             return self.proj(x).view(2, OUT * 20)  # type: ignore[no-any-return]
 
     torch.manual_seed(0)
-    model, x = Viewed().double(), normal(2, IN, 4, 5, dtype=torch.float64)
+    model, x = Viewed(nn.Conv2d(IN, OUT, 1)).double(), normal(*IMAGE, dtype=torch.float64)
     adapted = fill_blocks(mc.adapt(TRACERS[tracer](model, x), fields(init_weights, target_modules=["proj"])), std=0.3)
     delta = reference_delta(init_weights, blocks_of(adapted)["proj.miss_block_default"], model.proj.weight.flatten(1))
     update = torch.einsum("bihw,oi->bohw", x, delta).flatten(1)
