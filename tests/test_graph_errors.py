@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +18,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import IN, OUT, TwoLinears, captured, holder, tiny_llama, token_batch
 
 import misscompile as mc
-from misscompile.hosts.whole_graph import WholeGraph
 
 X = torch.randn(3, 5, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 EVERY = {"r": 2, "target_modules": "all-linear"}
@@ -99,80 +100,57 @@ def test_only_graph_modules_and_programs_are_graphs() -> None:
 
 
 @functools.cache
-def llama() -> WholeGraph:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return mc.capture(
-            tiny_llama(num_hidden_layers=3, hidden_size=16, intermediate_size=24), kwargs={"input_ids": token_batch()}
-        )
+def llama() -> tuple[nn.Module, fx.GraphModule]:
+    model = tiny_llama(num_hidden_layers=3, hidden_size=16, intermediate_size=24)
+    return model, mc.capture(model, kwargs={"input_ids": token_batch()})
 
 
-def chosen(**fields: Any) -> set[str]:
-    adapted = mc.adapt(llama(), {"r": 2} | fields)
-    return {name.removesuffix(".miss_block_default").removeprefix("model.layers.") for name in blocks_of(adapted)}
+def outcome(model: nn.Module, rules: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The layers and modules that the rules choose, or the error, and what is told beside it."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", mc.MissWarning)
+        try:
+            names = list(blocks_of(mc.adapt(model, {"r": 2} | rules)))
+        except mc.MissError as error:
+            names = [type(error).__name__, str(error)]
+    return [n.removesuffix(".miss_block_default").removeprefix("model.layers.") for n in names], [
+        str(w.message) for w in told
+    ]
 
 
-def attention(*names: str, layers: tuple[int, ...] = (0, 1, 2)) -> set[str]:
-    return {f"{layer}.self_attn.{name}" for layer in layers for name in names}
+def on(*targets: str, **changes: Any) -> dict[str, Any]:
+    return {"target_modules": list(targets)} | changes
 
 
-RULES: list[tuple[dict[str, Any], set[str]]] = [
-    ({"target_modules": ["q_proj", "v_proj"]}, attention("q_proj", "v_proj")),
-    ({}, attention("q_proj", "v_proj")),  # the default of its model_type
-    ({"target_modules": r".*\.1\.mlp\.(gate|up)_proj"}, {"1.mlp.gate_proj", "1.mlp.up_proj"}),
-    ({"target_modules": ["self_attn.q_proj"], "layers_to_transform": [0, 2]}, attention("q_proj", layers=(0, 2))),
-    ({"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}, attention("q_proj", layers=(1,))),
-    ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, attention("q_proj")),
+RULES: list[tuple[dict[str, Any], list[str] | int | str]] = [
+    (on("q_proj", "v_proj"), [f"{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qv"]),
+    ({}, [f"{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qv"]),  # the default of its model_type
+    ({"target_modules": r".*\.1\.mlp\.(gate|up)_proj"}, ["1.mlp.gate_proj", "1.mlp.up_proj"]),
+    (on("self_attn.q_proj", layers_to_transform=[0, 2]), ["0.self_attn.q_proj", "2.self_attn.q_proj"]),
+    (on("q_proj", layers_to_transform=1, layers_pattern="layers"), ["1.self_attn.q_proj"]),
+    (on("q_proj", "v_proj", exclude_modules=["v_proj"]), [f"{layer}.self_attn.q_proj" for layer in range(3)]),
+    ({"target_modules": "all-linear"}, 21),  # all but the head
+    (on("q_proj", "w1"), r"target_modules entry 'w1' matches no module"),
+    (on("q_proj", exclude_modules=["vproj"]), r"exclude_modules entry 'vproj' matches no module; closest: 'v_proj'"),
+    (on("q_proj", layers_to_transform=[0, 7]), "layers_to_transform index 7 is the layer of no targeted module"),
+    (on("q_prj"), r"NoMatchError target_modules=\['q_prj'\] matches no module of the model; closest: 'q_proj'"),
+    (on("q_proj", r=33), r"ConfigError MissConfig\.r=33 does not fit .*\n  model\.layers\.0\.self_attn\.q_proj \(16→16\)"),
 ]
 
 
-def test_target_rules_choose_as_on_modules() -> None:
-    for rules, names in RULES:
-        assert chosen(**rules) == names
-    every = chosen(target_modules="all-linear")
-    assert len(every) == 21
-    assert not any("lm_head" in name for name in every)
-
-
-TOLD: list[tuple[dict[str, Any], str, int]] = [
-    ({"target_modules": ["q_proj", "w1"]}, r"target_modules entry 'w1' matches no module", 3),
-    (
-        {"target_modules": ["q_proj"], "exclude_modules": ["vproj"]},
-        r"exclude_modules entry 'vproj' matches no module; closest: 'v_proj'",
-        3,
-    ),
-    (
-        {"target_modules": ["q_proj"], "layers_to_transform": [0, 7]},
-        "layers_to_transform index 7 is the layer of no targeted module",
-        1,
-    ),
-]
-REFUSED: list[tuple[dict[str, Any], type[mc.MissError], str]] = [
-    (
-        {"target_modules": ["q_prj"]},
-        mc.NoMatchError,
-        r"target_modules=\['q_prj'\] matches no module of the model; closest: 'q_proj'",
-    ),
-    (
-        {"target_modules": ["self_attn"]},
-        mc.UnsupportedModuleError,
-        r"self_attn \(module\): .*linears inside: model\.layers\.0\.self_attn\.\w_proj",
-    ),
-    (
-        {"r": 33, "target_modules": ["q_proj"]},
-        mc.ConfigError,
-        r"MissConfig\.r=33 does not fit .*\n  model\.layers\.0\.self_attn\.q_proj \(16→16\)",
-    ),
-]
-
-
-def test_typos_and_ranks_that_do_not_fit_are_told_with_names() -> None:
-    for rules, text, count in TOLD:
-        with pytest.warns(mc.MissWarning, match=text):
-            assert len(chosen(**rules)) == count
-    for rules, error, text in REFUSED:
-        with pytest.raises(error, match=text):
-            chosen(**rules)
+def test_target_rules_choose_and_tell_as_on_modules() -> None:
+    model, graph = llama()
+    for rules, expected in RULES:
+        names, told = outcome(graph, rules)
+        assert (names, told) == outcome(copy.deepcopy(model), rules)
+        if isinstance(expected, str):
+            assert re.search(expected, "\n".join([" ".join(names), *told]))
+        else:
+            assert (names if isinstance(expected, list) else len(names)) == expected
+    with pytest.raises(
+        mc.UnsupportedModuleError, match=r"self_attn \(module\): .*linears inside: model\.layers\.0\.self_attn\.\w_"
+    ):
+        mc.adapt(graph, on("self_attn"))
     _, decoder = captured("decoder")
     with pytest.raises(mc.ConfigError, match=r"multihead_attn\.q \(16→16\): 'bat' needs an r that divides in and out"):
         mc.adapt(decoder, {"r": 3, "target_modules": ["multihead_attn.q"], "init_weights": "bat"})
