@@ -50,9 +50,7 @@ def test_training_lowers_the_loss_as_the_module_route_does(init_weights: Any) ->
     base, graph = captured("llama")
     batch = make_batch("llama")
     models = mc.adapt(copy.deepcopy(base), fields(init_weights)), mc.adapt(graph, fields(init_weights))
-    losses: list[list[float]] = []
-    for model in models:
-        losses.append([train_step(model, **batch) for _ in range(4)])
+    losses = [[train_step(model, **batch) for _ in range(4)] for model in models]
     assert losses[1][-1] < losses[1][0] - 1e-3
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-9
 

@@ -79,25 +79,18 @@ def test_adapts_saves_and_merges_as_the_module_route_does(name: str, init_weight
     assert (snapshot(graph), snapshot(model)) == before
 
 
-def test_names_the_projections_of_attention() -> None:
-    _, graph = captured("decoder")
-    adapted = mc.adapt(graph, {"r": 4, "target_modules": ["q", "v", "out_proj", "linear1"]})
+def test_names_the_projections_of_attention_and_the_convolutions() -> None:
+    def blocks(name: str, *targets: str, r: int = 4) -> dict[str, tuple[int, ...]]:
+        found = blocks_of(mc.adapt(captured(name)[1], {"r": r, "target_modules": list(targets) or "all-linear"}))
+        return {key.removesuffix(".miss_block_default"): tuple(block.shape) for key, block in found.items()}
+
     layer = ["linear1", "multihead_attn.out_proj", "multihead_attn.q", "multihead_attn.v"]
     layer += ["self_attn.out_proj", "self_attn.q", "self_attn.v"]
-    expected = [f"decoder.layers.{i}.{name}.miss_block_default" for i in range(2) for name in layer]
-    assert sorted(blocks_of(adapted)) == expected
-    _, graph = captured("cross attention")
-    blocks = blocks_of(mc.adapt(graph, {"r": 4, "target_modules": "all-linear"}))
-    assert {name.split(".")[-2]: tuple(block.shape) for name, block in blocks.items()} == {
-        **dict.fromkeys(("q", "k", "v", "out_proj"), (4, 16)),
-        "head": (4, 4),
-    }
-
-
-def test_names_the_convolutions_and_leaves_the_wide_kernels() -> None:
-    _, graph = captured("convolutions")
-    blocks = blocks_of(mc.adapt(graph, {"r": 2, "target_modules": "all-linear"}))
-    assert sorted(name.split(".")[0] for name in blocks) == ["head", "narrow", "shortcut", "widen"]
+    expected = [f"decoder.layers.{i}.{name}" for i in range(2) for name in layer]
+    assert sorted(blocks("decoder", "q", "v", "out_proj", "linear1")) == expected
+    attention = {f"attn.{name}": (4, 16) for name in ("q", "k", "v", "out_proj")}
+    assert blocks("cross attention") == attention | {"head": (4, 4)}
+    assert sorted(blocks("convolutions", r=2)) == ["head", "narrow", "shortcut", "widen"]  # not the wide kernels
 
 
 def test_gpt2s_tied_head_is_left_out_or_refused_by_merge() -> None:
