@@ -7,6 +7,7 @@ import gc
 import inspect
 import linecache
 import pickle
+import re
 import traceback
 import types
 import weakref
@@ -124,15 +125,6 @@ def test_states_seen_before_are_given_the_same_class_again() -> None:
     assert type(model.up) is nn.Linear
 
 
-def test_the_record_does_not_keep_a_model_alive() -> None:
-    model = adapted(TwoLinears())
-    model(X)
-    gone = weakref.ref(model.up)
-    del model
-    gc.collect()
-    assert gone() is None
-
-
 # The code
 
 
@@ -150,24 +142,18 @@ def test_the_source_is_what_inspect_shows() -> None:
 
 
 def test_a_traceback_shows_the_generated_line() -> None:
-    model = adapted(TwoLinears())
     with pytest.raises(RuntimeError) as error:
-        model.up(torch.ones(3, 11))
+        adapted(TwoLinears()).up(torch.ones(3, 11))
     text = "".join(traceback.format_exception(error.value))
-    assert 'File "<misscompile Linear ' in text
-    assert "linear = torch._C._nn.linear(input_1, weight, None);" in text
+    assert re.search('File "<misscompile Linear .*\n *linear = torch._C._nn.linear\\(input_1, weight, None\\);', text)
 
 
-def test_generated_code_of_a_plain_trace_is_the_base_s() -> None:
+def test_code_of_a_plain_trace_is_the_base_s_and_drops_what_only_fx_reads() -> None:
     owner = nn.Linear(12, 8)
     graph = owner_scope(owner).graph
     before = str(graph)
-    forward = _compile_forward(graph, "Linear")
+    assert torch.equal(_compile_forward(graph, "Linear")(owner, X), owner(X))
     assert str(graph) == before
-    assert torch.equal(forward(owner, X), owner(X))
-
-
-def test_readable_code_drops_what_only_fx_reads() -> None:
     graph = fx.Graph()
     node = graph.call_function(F.relu, (graph.placeholder("x"),))
     node.meta["is_wrapped"] = True
@@ -196,11 +182,15 @@ def test_extra_repr() -> None:
     assert repr(adapted(nn.Sequential(quiet(12, 8)))[0]) == "Quiet(miss=[default: balance r=4])"
 
 
-def test_one_owner_copied_alone_is_adapted_too() -> None:
+def test_one_owner_copied_alone_is_adapted_too_and_nothing_keeps_it_alive() -> None:
     model = adapted(TwoLinears())
+    y, gone = model.up(X), weakref.ref(model.up)
     for copied in (copy.deepcopy(model.up), pickle.loads(pickle.dumps(model.up))):
         assert type(copied) is type(model.up)
-        assert torch.equal(copied(X), model.up(X))
+        assert torch.equal(copied(X), y)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 # Forwards that others put on the instance
@@ -372,12 +362,9 @@ def test_a_parametrization_put_on_an_adapted_owner_works_and_is_named_when_in_th
         with pytest.raises(mc.StateError, match="up: its class became ParametrizedLinear after it was adapted"):
             verb(model)
     parametrize.remove_parametrizations(model.up, "weight")
+    check_class(model.up, "up")
+    ours, model.up.__class__ = type(model.up), nn.Linear
+    check_class(model.up, "up")  # the base's own is as good
+    model.up.__class__ = ours
     mc.unload(model)
     assert type(model.up) is nn.Linear
-
-
-def test_check_class_accepts_our_classes_and_the_base() -> None:
-    model = adapted(TwoLinears())
-    check_class(model.up, "up")
-    model.up.__class__ = nn.Linear
-    check_class(model.up, "up")
