@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
@@ -113,9 +114,8 @@ def outcome(model: nn.Module, rules: dict[str, Any]) -> tuple[list[str], list[st
             names = list(blocks_of(mc.adapt(model, {"r": 2} | rules)))
         except mc.MissError as error:
             names = [type(error).__name__, str(error)]
-    return [n.removesuffix(".miss_block_default").removeprefix("model.layers.") for n in names], [
-        str(w.message) for w in told
-    ]
+    names = [name.removesuffix(".miss_block_default").removeprefix("model.layers.") for name in names]
+    return names, [str(warning.message) for warning in told]
 
 
 def on(*targets: str, **changes: Any) -> dict[str, Any]:
@@ -156,3 +156,21 @@ def test_target_rules_choose_and_tell_as_on_modules() -> None:
         mc.adapt(decoder, {"r": 3, "target_modules": ["multihead_attn.q"], "init_weights": "bat"})
     with pytest.raises(mc.ConfigError, match=r"no default for model_type=None.*linear names of this model: up, down"):
         mc.adapt(mc.capture(TwoLinears(), (torch.randn(3, 12),)), {"r": 2})
+
+
+@pytest.mark.xfail(reason="a module of the name of a parameter cannot be made: KeyError", raises=KeyError, strict=True)
+def test_a_weight_that_a_module_holds_under_another_name_is_adapted_or_refused() -> None:
+    class Table(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(OUT, IN)
+            self.table = nn.Parameter(torch.randn(IN, OUT))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x @ self.table)
+
+    graph = TRACERS["export"](nn.Sequential(Table().double()), X)
+    before = snapshot(graph)
+    with contextlib.suppress(mc.UnsupportedModuleError):
+        adapted = fill_blocks(mc.adapt(graph, {"r": 2, "target_modules": ["table"]}))
+        assert not torch.equal(adapted(X), graph(X))
+    assert snapshot(graph) == before
