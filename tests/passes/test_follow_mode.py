@@ -8,137 +8,104 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import graph_list
+from support import graph_list, trace_export
 from torch import Tensor, fx, nn
 
-from misscompile.graphs import copy_nodes
+from misscompile.hosts.whole_graph import copy_nodes
 from misscompile.passes.follow_mode import by_mode, follow_mode
+from misscompile.record.words import Scope
 
 X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
 
 
-def both_modes(model: nn.Module) -> tuple[fx.GraphModule, fx.Graph, fx.Graph]:
-    """A module that holds the values, the graph in training and the graph in evaluation mode."""
-    modules = [torch.export.export(model.train(mode), (X,), strict=False).module() for mode in (True, False)]
-    training, evaluation = (copy_nodes(module.graph) for module in modules)  # type: ignore[arg-type]
-    return modules[0], training, evaluation  # type: ignore[return-value]
+def both_modes(model: nn.Module) -> Scope:
+    """The graphs in training and in evaluation mode."""
+    modules = [trace_export(model.train(mode), X) for mode in (True, False)]
+    training, evaluation = (copy_nodes(module.graph) for module in modules)
+    return Scope(modules[0], training, "test", evaluation=evaluation)
 
 
-def run(root: nn.Module, graph: fx.Graph, training: bool, seed: int = 0) -> Tensor:
+def run(scope: Scope, graph: fx.Graph, training: bool) -> Tensor:
     graph.lint()
-    module = fx.GraphModule(root, graph)
+    module = fx.GraphModule(scope.root, copy_nodes(graph))
     module.training = training
-    torch.manual_seed(seed)
-    result: Tensor = module(X)
+    return seeded(module)
+
+
+def seeded(model: nn.Module) -> Tensor:
+    torch.manual_seed(0)
+    result: Tensor = model(X)
     return result
 
 
 class Dropped(nn.Module):
-    def __init__(self, p: float = 0.5) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(6, 6)
-        self.dropout = nn.Dropout(p)
+        self.linear = nn.Linear(6, 5)
+        self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.dropout(torch.tanh(self.linear(x)))
         return F.dropout(y, 0.25, self.training)
 
 
-class Attending(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        q = x.unflatten(-1, (2, 3)).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, q, q, dropout_p=0.5 if self.training else 0.0)
+class ByRule(nn.Module):
+    """A module whose forward is `rule(x, training)`."""
 
-
-class Scaled(nn.Module):
-    """Modes that differ in a number, and in an argument that is left out in one of them."""
+    def __init__(self, rule: Callable[[Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        self.rule = rule
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(x * (2.0 if self.training else 3.0), x, alpha=4 if self.training else 1)
+        return self.rule(x, self.training)
 
 
-@pytest.mark.parametrize("kind", [Dropped, Attending, Scaled])
-def test_one_graph_computes_both_modes(kind: Callable[[], nn.Module]) -> None:
-    model = kind()
-    root, training, evaluation = both_modes(model)
-    expected = {True: run(root, copy_nodes(training), True), False: run(root, copy_nodes(evaluation), False)}
+def attend(x: Tensor, training: bool) -> Tensor:
+    q = x.unflatten(-1, (2, 3)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, q, q, dropout_p=0.5 if training else 0.0)
+
+
+FOLLOWED: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "dropout": (Dropped, 2),
+    "attention": (lambda: ByRule(attend), 1),
+    "a number, and an argument left out in one mode": (
+        lambda: ByRule(lambda x, t: torch.add(x * (2.0 if t else 3.0), x, alpha=4 if t else 1)),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_one_graph_computes_both_modes(name: str) -> None:
+    make, calls = FOLLOWED[name]
+    model = make()
+    scope = both_modes(model)
+    assert scope.evaluation is not None
+    expected = {True: run(scope, scope.graph, True), False: run(scope, scope.evaluation, False)}
     assert not torch.equal(expected[True], expected[False])
-    assert follow_mode(training, evaluation)
+    assert follow_mode(scope) == calls
+    assert scope.follows_mode
     for mode, value in expected.items():
-        assert torch.equal(run(root, training, mode), value)
-        assert torch.equal(value, _seeded(model.train(mode)))
-
-
-def _seeded(model: nn.Module) -> Tensor:
-    torch.manual_seed(0)
-    result: Tensor = model(X)
-    return result
+        assert torch.equal(run(scope, scope.graph, mode), value)
+        assert torch.equal(value, seeded(model.train(mode)))
 
 
 def test_a_flag_is_read_as_it_is_and_other_constants_are_chosen() -> None:
-    _, training, evaluation = both_modes(Dropped())
-    follow_mode(training, evaluation)
-    reads = [node for node in training.nodes if node.op == "get_attr" and node.target == "training"]
-    assert len(reads) == 1
-    dropouts = [node for node in training.nodes if node.target is torch.ops.aten.dropout.default]
-    assert [node.args[1:] for node in dropouts] == [(0.5, reads[0]), (0.25, reads[0])]
-    assert not any(node.target is by_mode for node in training.nodes)
+    scope = both_modes(Dropped())
+    follow_mode(scope)
+    (flag,) = [node for node in scope.graph.nodes if node.op == "get_attr" and node.target == "training"]
+    dropouts = [node for node in scope.graph.nodes if node.target is torch.ops.aten.dropout.default]
+    assert [node.args[1:] for node in dropouts] == [(0.5, flag), (0.25, flag)]
+    assert not any(node.target is by_mode for node in scope.graph.nodes)
 
-    _, training, evaluation = both_modes(Attending())
-    follow_mode(training, evaluation)
-    (chosen,) = [node for node in training.nodes if node.target is by_mode]
+    scope = both_modes(ByRule(attend))
+    follow_mode(scope)
+    (chosen,) = [node for node in scope.graph.nodes if node.target is by_mode]
     assert chosen.args[1:] == (0.5, 0.0)
-
-
-def test_by_mode() -> None:
     assert (by_mode(True, 0.1, 0.0), by_mode(False, 0.1, 0.0)) == (0.1, 0.0)
 
 
-def test_nothing_to_do_leaves_the_graph_untouched() -> None:
-    _, training, evaluation = both_modes(nn.Sequential(nn.Linear(6, 5), nn.Tanh()))
-    before = graph_list(training)
-    assert follow_mode(training, evaluation)
-    assert graph_list(training) == before
-
-
-class Branching(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sin() if self.training else x.cos()
-
-
-class Longer(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sin().cos() if self.training else x.sin()
-
-
-class Crossed(nn.Module):
-    """The same operators in both modes, of other operands."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = x.sin(), x.cos()
-        return a - b if self.training else b - a
-
-
-class OtherDimension(nn.Module):
-    """Modes that differ in a list, which is no constant that a node could choose."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.sum((1,) if self.training else (2,))[:, :4]
-
-
-def batch_norm() -> nn.Module:
-    return nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))
-
-
-@pytest.mark.parametrize("kind", [Branching, Longer, Crossed, OtherDimension, batch_norm])
-def test_modes_that_differ_in_more_are_told_and_left_alone(kind: Callable[[], nn.Module]) -> None:
-    _, training, evaluation = both_modes(kind())
-    graphs = graph_list(training), graph_list(evaluation)
-    assert not follow_mode(training, evaluation)
-    assert (graph_list(training), graph_list(evaluation)) == graphs
-
-
-def _copying(copy: bool) -> fx.Graph:
+def copying(copy: bool) -> fx.Graph:
     """`tanh(x)`, through a copy to contiguous memory or not."""
     graph = fx.Graph()
     x: Any = graph.placeholder("x")
@@ -148,13 +115,30 @@ def _copying(copy: bool) -> fx.Graph:
     return graph
 
 
-def test_a_copy_that_only_training_makes_is_kept() -> None:
-    training = _copying(True)
-    before = graph_list(training)
-    assert follow_mode(training, _copying(False))
-    assert graph_list(training) == before
+def of_rule(rule: Callable[[Tensor, bool], Tensor]) -> Callable[[], Scope]:
+    return lambda: both_modes(ByRule(rule))
 
 
-def test_a_copy_that_only_evaluation_makes_is_not_lost() -> None:
-    training = _copying(False)
-    assert not follow_mode(training, _copying(True))
+UNTOUCHED: dict[str, tuple[Callable[[], Scope], bool]] = {
+    "nothing to do": (lambda: both_modes(nn.Sequential(nn.Linear(6, 5), nn.Tanh())), True),
+    "a copy that only training makes": (lambda: Scope(nn.Module(), copying(True), "", evaluation=copying(False)), True),
+    "a copy that only evaluation makes": (lambda: Scope(nn.Module(), copying(False), "", evaluation=copying(True)), False),
+    "one mode alone": (lambda: Scope(nn.Module(), copying(False), ""), False),
+    "another operator": (of_rule(lambda x, t: x.sin() if t else x.cos()), False),
+    "more operators": (of_rule(lambda x, t: x.sin().cos() if t else x.sin()), False),
+    "operands crossed": (of_rule(lambda x, t: (lambda a, b: a - b if t else b - a)(x.sin(), x.cos())), False),
+    "a list, which is no constant": (of_rule(lambda x, t: x.sum((1,) if t else (2,))[:, :4]), False),
+    "batch norm": (lambda: both_modes(nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))), False),
+}
+"""Graphs that are left alone, and whether they follow the mode as they are."""
+
+
+@pytest.mark.parametrize("name", UNTOUCHED)
+def test_what_has_no_constant_to_follow_is_left_alone_and_told(name: str) -> None:
+    make, follows = UNTOUCHED[name]
+    scope = make()
+    graphs = [scope.graph, *([scope.evaluation] if scope.evaluation else [])]
+    before = [graph_list(graph) for graph in graphs]
+    assert follow_mode(scope) == 0
+    assert scope.follows_mode is follows
+    assert [graph_list(graph) for graph in graphs] == before
