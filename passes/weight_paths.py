@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from misscompile.passes.linear_calls import target_name
+from misscompile.passes.linear_calls import as_tuple, target_name
 from misscompile.record.words import View, WeightPath
 
 aten = torch.ops.aten
@@ -134,8 +134,8 @@ def _source(node: fx.Node) -> fx.Node | None:
         cut: Any = source.args[0]
         return cut if isinstance(cut, fx.Node) else None
     attribute = node.target is getattr and node.args[1:] in (("T",), ("data",))
-    rows = node.target is operator.getitem and isinstance(node.args[1], slice)
-    return source if attribute or rows or node.target in _CASTS or node.target in _VIEWS else None
+    part = node.target is operator.getitem and all(isinstance(index, slice) for index in as_tuple(node.args[1]))
+    return source if attribute or part or node.target in _CASTS or node.target in _VIEWS else None
 
 
 def _evaluate(node: fx.Node, current: Tensor) -> Tensor:

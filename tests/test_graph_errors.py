@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import TRACERS, blocks_of, fill_blocks, snapshot
+from support import TRACERS, blocks_of, fill_blocks, max_error, snapshot
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import IN, OUT, TwoLinears, captured, holder, tiny_llama, token_batch
@@ -96,8 +96,10 @@ def test_only_graph_modules_and_programs_are_graphs() -> None:
         mc.adapt(program.graph, EVERY)
     with pytest.raises(mc.ArgumentError, match="found ExportedProgram"):
         mc.unload(program)
-    with pytest.raises(mc.StateError, match="the model has no adapter"):
-        mc.merge(program)
+    module = mc.adapt(TwoLinears(), {"r": 2, "target_modules": "all-linear"})  # whose forwards leave no tags in an export
+    for given in (program, torch.export.export(module, (torch.randn(3, 12),))):
+        with pytest.raises(mc.StateError, match=r"the model has no adapter that its graph tells of.*before exporting it"):
+            mc.merge(given)
 
 
 @functools.cache
@@ -158,8 +160,7 @@ def test_target_rules_choose_and_tell_as_on_modules() -> None:
         mc.adapt(mc.capture(TwoLinears(), (torch.randn(3, 12),)), {"r": 2})
 
 
-@pytest.mark.xfail(reason="a module of the name of a parameter cannot be made: KeyError", raises=KeyError, strict=True)
-def test_a_weight_that_a_module_holds_under_another_name_is_adapted_or_refused() -> None:
+def test_a_weight_that_a_module_holds_under_another_name_is_adapted(tmp_path: Path) -> None:
     class Table(nn.Linear):
         def __init__(self) -> None:
             super().__init__(OUT, IN)
@@ -170,7 +171,13 @@ def test_a_weight_that_a_module_holds_under_another_name_is_adapted_or_refused()
 
     graph = TRACERS["export"](nn.Sequential(Table().double()), X)
     before = snapshot(graph)
-    with contextlib.suppress(mc.UnsupportedModuleError):
-        adapted = fill_blocks(mc.adapt(graph, {"r": 2, "target_modules": ["table"]}))
-        assert not torch.equal(adapted(X), graph(X))
+    for rules in ({"target_modules": ["table"]}, {"target_modules": "all-linear"}):
+        adapted = fill_blocks(mc.adapt(graph, {"r": 2} | rules))
+        y = adapted(X)
+        assert not torch.equal(y, graph(X))
+        mc.save_adapter(adapted, tmp_path)
+        assert torch.equal(mc.load_adapter(graph, tmp_path)(X), y)
+        program = torch.export.export(adapted, (X,))
+        for model in (adapted, program):
+            assert max_error(mc.merge(model)(X), y) < 1e-12
     assert snapshot(graph) == before

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
 from misscompile.hosts.base import Fold, Host, check_staying, write_copies
 from misscompile.hosts.owner_class import before_and_after, finish_owner, refresh_owner
-from misscompile.hosts.whole_graph import WholeGraph, base_scope, copy_nodes, record_of, require_container
+from misscompile.hosts.whole_graph import WholeGraph, base_scope, copy_nodes, home_of, record_of, require_container
 from misscompile.passes.find_sites import find_sites, other_readers, sites_by_name
 from misscompile.passes.linear_calls import target_name
 from misscompile.passes.runner import UNSHARE, run_passes
@@ -87,7 +87,8 @@ class GraphHost(Host):
         targets: list[Target | Refusal] = []
         for index, site in enumerate(calls if own else calls[:1]):
             assert site.path is not None
-            owner, weight = call_name(name, index) if own else name, self.stored_weight(name, site)
+            owner = call_name(name, index) if own else home_of(self.root, name)
+            weight = self.stored_weight(name, site)
             shared = (id(weight), site.path.view, owner if own else "")
             container = require_container(self.root, owner)
             targets.append(Target(owner, container, site.in_features, site.out_features, block, weight, shared))
@@ -95,7 +96,7 @@ class GraphHost(Host):
 
     def _check_sharing(self, name: str, calls: list[Site], own: bool) -> None:
         """Refuse an adapter that shares what another one does not: a call has one owner."""
-        for other in [name] if own else [call_name(name, index) for index in range(len(calls))]:
+        for other in [home_of(self.root, name)] if own else [call_name(name, index) for index in range(len(calls))]:
             state = owner_state(self.root, other)
             if state is not None and state.blocks:
                 had = "one block for all its calls" if own else "a block for each of its calls"
@@ -106,11 +107,14 @@ class GraphHost(Host):
 
     def block_names(self) -> dict[str, str]:
         own = [call_name(name, index) for name, calls in self.calls.items() for index in range(len(calls))]
-        return {name: name for name in (*self.names(), *own)}
+        homes = {name: home_of(self.root, name) for name in self.names()}
+        return {name: name for name in (*homes.values(), *own)} | homes
 
     def sites_of(self, owner: str) -> list[Site]:
         name, mark, call = owner.rpartition("#")
-        return [self.calls[name][int(call)]] if mark and owner not in self.calls else self.calls[owner]
+        if not mark or owner in self.calls:
+            return self.calls[owner]
+        return [self.calls[name][int(call)]] if call else self.calls[name]
 
     def kind_of(self, owner: str) -> str:
         sites = self.sites_of(owner)
@@ -127,7 +131,7 @@ class GraphHost(Host):
         folds: dict[object, Fold] = {}
         adapted: set[int] = set()
         for name, calls in self.calls.items():
-            uses: list[tuple[str, list[Site], int | None]] = [(name, calls, None)]
+            uses: list[tuple[str, list[Site], int | None]] = [(home_of(self.root, name), calls, None)]
             uses += [(call_name(name, index), [site], index) for index, site in enumerate(calls)]
             for owner, sites, call in uses:
                 state, path = owner_state(self.root, owner), sites[0].path

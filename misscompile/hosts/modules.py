@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from misscompile.errors import MergeError
 from misscompile.hosts.base import Fold, Host, Part, check_staying, write_copies
 from misscompile.hosts.owner_class import (
     REWRITE,
-    Specialised,
     before_and_after,
     find_foreign_forward,
     finish_owner,
@@ -144,19 +143,18 @@ class ModuleHost(Host):
         return weight
 
     def code(self) -> list[str]:
-        names: dict[Specialised, list[str]] = {}
-        for name, module in self.modules.items():
-            if STATE in vars(module) and (rewrite := getattr(type(module), REWRITE)) is not None:
-                names.setdefault(rewrite, []).append(name or "(root)")
+        names: dict[tuple[Scope, fx.Graph], list[str]] = {}
+        for name in (name for name, state in self.states().items() if state.blocks and not state.in_graph):
+            scope, rewrite = owner_scope(self.modules[name]), getattr(type(self.modules[name]), REWRITE)
+            names.setdefault((scope, rewrite.graph if rewrite else scope.graph), []).append(name or "(root)")
         parts = []
-        for rewrite, found in names.items():
-            scope = rewrite.base
+        for (scope, graph), found in names.items():
             assert scope.shape is not None
             count = f"{len(found)} owner{'s' * (len(found) != 1)}"
             listed = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
             title = f"# {scope.label} {scope.shape[0]}→{scope.shape[1]}, {count}: {listed}"
             title += f"\n# opaque: {scope.opaque}" if scope.opaque else ""
-            parts.append(before_and_after(title, scope.graph, rewrite.graph))
+            parts.append(before_and_after(title, scope.graph, graph))
         return parts
 
     def plan_folds(self, names: Sequence[str], keep: bool) -> list[Fold]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from misscompile.hosts.owner_class import refresh_owner
-from misscompile.hosts.whole_graph import WholeGraph, derive_graph, record_of
+from misscompile.hosts.whole_graph import WholeGraph, derive_graph, home_of, record_of
 from misscompile.passes.find_sites import sites_by_name
 from misscompile.passes.follow_mode import frozen_mode
 from misscompile.passes.runner import RECOVER, run_passes
@@ -46,7 +46,7 @@ def recover_adapters(root: WholeGraph) -> None:
     run_passes(RECOVER, scope)
     record_of(root).mode = frozen_mode(graph)  # a dropout of the adapter follows the mode again
     calls = sites_by_name(scope)
-    sites = {name: found[0] for name, found in calls.items()}
+    sites = {home_of(root, name): found[0] for name, found in calls.items()}
     sites |= {call_name(name, i): call for name, found in calls.items() for i, call in enumerate(found)}
     adapters = {
         name: Adapter(name, _read_config({owner: b for (owner, adapter), b in blocks.items() if adapter == name}))

@@ -177,7 +177,7 @@ def derive_graph(root: WholeGraph) -> None:
     scope = base_scope(root)
     for name, calls in sites_by_name(scope).items():
         for index, site in enumerate(calls):
-            for owner in (name, call_name(name, index)):
+            for owner in (home_of(root, name), call_name(name, index)):
                 state = owner_state(root, owner)
                 if state is not None and state.shape is not None and state.blocks:
                     site.blocks, site.owner = state.effective_blocks(), owner
@@ -185,6 +185,15 @@ def derive_graph(root: WholeGraph) -> None:
     root.graph = scope.graph
     root.recompile()
     _drop_empty_containers(root)
+
+
+def home_of(root: nn.Module, name: str) -> str:
+    """The module that holds the block of a site: that of its name, or one beside the parameter that has this name itself."""
+    parent, _, last = name.rpartition(".")
+    holder: nn.Module | None = root
+    for part in parent.split(".") if parent else ():
+        holder = holder._modules.get(part) if holder is not None else None
+    return f"{name}#" if holder is not None and last in holder._parameters else name
 
 
 def require_container(root: nn.Module, name: str) -> nn.Module:

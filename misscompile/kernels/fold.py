@@ -29,8 +29,8 @@ def fold_in_place(weight: Tensor, updates: Sequence[Update]) -> None:
     step = math.lcm(*(variant.row_step(block) for variant, block in blocks))
     count = math.ceil(len(weight) / fold_parts(weight) / step) * step
     size = min(count, len(weight)), weight.shape[1]
-    # memory that is taken before the first part is written: where there is none, the weight is whole
-    summed = weight.new_empty(size, dtype=wide) if weight.dtype != wide else None
+    # a part is written by one call, when all memory for it is taken: where there is none, a weight of one part is whole
+    summed = weight.new_empty(size, dtype=wide) if weight.dtype != wide or len(blocks) > 1 else None
     origin = weight.new_empty(size, dtype=wide) if any(variant.reads_weight for variant, _ in blocks) else None
     for start in range(0, len(weight), max(count, 1)):
         part = weight[start : start + count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def _plan_to_load(host: Host, folder: Path, adapter_name: str, trainable: bool, 
     config, weights = read_config(folder), folder / WEIGHTS_FILE
     config.inference_mode = not trainable
     entries = read_entries(weights)
-    host.per_call_site = any("#" in entry.key for entry in entries)
+    host.per_call_site = any(re.search(r"#\d", entry.key) for entry in entries)
     keys = sort_keys(host, weights, entries)
     try:
         plan = make_plan(host, config, adapter_name, round_bat_weight)
@@ -167,8 +168,9 @@ def _config_to_write(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
     config = adapter.config
     values = config.to_dict() | {"inference_mode": True}
     if config.target_modules is None or config.selects_all_linear:  # what was chosen here, wherever it is read
-        chosen = [name for name, state in owner_states(root).items() if adapter.name in state.blocks]
-        values["target_modules"] = exact_targets(chosen, list(named_modules(root, remove_duplicate=False)))
+        chosen = [name.partition("#")[0] for name, state in owner_states(root).items() if adapter.name in state.blocks]
+        names = list(named_modules(root, remove_duplicate=False))
+        values["target_modules"] = exact_targets(list(dict.fromkeys(chosen)), names)
     name = getattr(root, "name_or_path", None)
     if config.base_model_name_or_path is None and isinstance(name, str):
         values["base_model_name_or_path"] = name or None
