@@ -1,7 +1,7 @@
 """Find every use of a weight as a linear in a scope, and the dotted name of the module that owns it. Read-only.
 
     y = F.linear(input, weight, bias)    in a traced owner               site ""
-    y = call_opaque(self.miss_base_forward, out, x, …)                        site "", opaque
+    y = call_opaque(self.miss_base_forward, out, x, …)                   site "", opaque
     q = linear(x, W)             W = get_attr[layers.0.q_proj.weight]    site layers.0.q_proj
     qkv = linear(x, W)           W = get_attr[attn.in_proj_weight]       sites attn.q, attn.k, attn.v
     y = call_module[head](x)     head is an nn.Linear                    site head
@@ -62,7 +62,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def find_sites(scope: Scope) -> int:
     """Fill `scope.sites`, `scope.refusals` and `scope.unnamed` from `scope.graph`, and return the number of sites.
 
-    In a traced owner, sites are the calls of the owner's own `weight` alone.
+    Where the scope has a shape, that of a traced owner, its sites are the calls of the owner's own `weight` with that shape.
     """
     scope.sites, scope.refusals, scope.unnamed = [], [], []
     mutated = refuse.mutated_parameters(scope)
@@ -70,7 +70,7 @@ def find_sites(scope: Scope) -> int:
         if node.target is call_opaque:
             assert scope.shape is not None
             scope.sites.append(Site(node, node.args[2], None, None, "opaque", *scope.shape, path=None))
-        elif node.op == "call_module" and scope.shape is None:
+        elif node.op == "call_module":
             _find_module_call(scope, node)
         elif node.target in _FUSED_KERNELS:
             kernel = f"{node.target}, an inference kernel without a gradient: use misscompile.capture"
@@ -83,11 +83,9 @@ def find_sites(scope: Scope) -> int:
             _find_call(scope, node, call, mutated)
         elif (reason := resembles_linear(node)) is not None:
             refuse.refuse_operands(scope, node, None, reason)
-    if scope.shape is None:
-        _name_parts(scope)
-        _refuse_without_gradient(scope)
-    else:
-        scope.sites = [site for site in scope.sites if _is_of_owner(scope, site)]
+    scope.sites = [site for site in scope.sites if scope.shape is None or _is_of_owner(scope, site)]
+    _name_parts(scope)
+    _refuse_without_gradient(scope)
     return len(scope.sites)
 
 

@@ -138,6 +138,10 @@ def _without_values(owner: nn.Module, shape: Shape) -> nn.Module:
         if tensor is not None and not nn.parameter.is_lazy(tensor):
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             root.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    for name, _ in owner.named_modules():
+        if name:
+            parent, _, last = name.rpartition(".")
+            root.get_submodule(parent).add_module(last, nn.Module())
     if "weight" not in root._parameters and "parametrizations" in owner._modules:
         root.weight = nn.Parameter(torch.empty(out_features, in_features, device="meta"), requires_grad=False)
     return root

@@ -33,14 +33,3 @@ def test_the_whole_graph_runs() -> None:
     graph, merged = names["graph"], names["adapted"]
     assert [name for name, _ in merged.named_parameters()] == [name for name, _ in graph.named_parameters()]
     assert merged.code == graph.code
-
-
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
-def test_links_and_file_names_of_a_page_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    files = re.findall(r"`((?:misscompile|passes|tests|examples|docs)/[\w./-]*)`", text)
-    missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
-    missing += [name for name in files if not (ROOT / name).exists()]
-    assert not missing
-    assert links or files

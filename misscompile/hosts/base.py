@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from misscompile.errors import MergeError
-from misscompile.kernels import fold_in_place, is_finite, stays_finite
+from misscompile.kernels import Scratch, fold_in_place, is_finite, stays_finite
 from misscompile.passes.weight_paths import take_view
 from misscompile.record.state import STATE, Kept, OwnerState, base_tensor, copy_name, tensor_version
 from misscompile.record.walk import named_modules, owners
@@ -43,10 +43,10 @@ class Fold:
         if not stays_finite(self.weight, [(b.variant, values) for _, blocks in self.parts for b, values in blocks]):
             self.merged()
 
-    def merged(self) -> Tensor:
+    def merged(self, scratch: Scratch | None = None) -> Tensor:
         """The merged weight in the base's layout and dtype, checked to be finite; nothing is changed."""
         merged = self.weight.detach().clone()
-        self.write(merged)
+        self.write(merged, scratch)
         if not is_finite(merged):
             adapters = list(dict.fromkeys(block.adapter for _, blocks in self.parts for block, _ in blocks))
             raise MergeError(
@@ -55,11 +55,11 @@ class Fold:
             )
         return merged
 
-    def write(self, stored: Tensor) -> None:
+    def write(self, stored: Tensor, scratch: Scratch | None = None) -> None:
         """Fold every part into `stored`, which holds the base weight."""
         whole = stored.contiguous()
         for view, blocks in self.parts:
-            fold_in_place(take_view(whole, view), [(block.variant, values) for block, values in blocks])
+            fold_in_place(take_view(whole, view), [(block.variant, values) for block, values in blocks], scratch)
         if whole is not stored:
             stored.copy_(whole)
 

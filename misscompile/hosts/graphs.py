@@ -19,6 +19,7 @@ from misscompile.errors import MergeError, StateError, UnsupportedModuleError
 from misscompile.hosts.base import Fold, Host, check_staying, write_copies
 from misscompile.hosts.owner_class import before_and_after, finish_owner, refresh_owner
 from misscompile.hosts.whole_graph import WholeGraph, base_scope, copy_nodes, home_of, record_of, require_container
+from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import find_sites, other_readers, sites_by_name
 from misscompile.passes.linear_calls import target_name
 from misscompile.passes.runner import UNSHARE, run_passes
@@ -152,7 +153,8 @@ class GraphHost(Host):
         return list(folds.values())
 
     def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool) -> None:
-        merged = [(fold, nn.Parameter(fold.merged(), requires_grad=False)) for fold in folds]
+        scratch: Scratch = {}
+        merged = [(fold, nn.Parameter(fold.merged(scratch), requires_grad=False)) for fold in folds]
         for fold, parameter in merged:
             for module in self.root.modules() if fold.call is None else ():
                 for name in [name for name, value in module._parameters.items() if value is fold.weight]:

@@ -22,6 +22,7 @@ from misscompile.hosts.owner_class import (
     finish_owner,
     owner_scope,
 )
+from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import linear_shape, other_readers
 from misscompile.passes.trace import probe_opaque
 from misscompile.passes.weight_reads import WeightRead, find_read_weights
@@ -198,9 +199,10 @@ class ModuleHost(Host):
         return Fold(name, self.stored_weight(name, scope.sites[0]), parts, dict(group))
 
     def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool) -> None:
+        scratch: Scratch = {}
         for fold in folds:
             with deferred_interrupt():
-                _write_fold(fold, names, keep)
+                _write_fold(fold, names, keep, scratch)
         for name, owner in owners(self.root).items():
             state: OwnerState = vars(owner)[STATE]
             if not state.in_graph and not state.merged and any(n in state.copies for n in names):
@@ -243,12 +245,12 @@ def _has_attribute(module: nn.Module, name: str) -> bool:
 
 
 @torch.no_grad()
-def _write_fold(fold: Fold, names: Sequence[str], keep: bool) -> None:
+def _write_fold(fold: Fold, names: Sequence[str], keep: bool, scratch: Scratch) -> None:
     first = next(iter(fold.owners.values()))
     merged = fold.merged() if parametrize.is_parametrized(first, "weight") else None
     kept = fold.weight.detach().clone() if keep else None
     if merged is None:
-        fold.write(fold.weight.detach())
+        fold.write(fold.weight.detach(), scratch)
     if kept is not None:
         vars(first)[STATE].kept["weight"] = Kept(kept, tensor_version(fold.weight))
     for name, owner in fold.owners.items():

@@ -29,7 +29,7 @@ def has_few_tokens(x: Tensor) -> bool:
 
     Never in an exported graph, which is for any number of tokens.
     """
-    return x.device.type == "cpu" and not torch.compiler.is_exporting() and x.numel() < MANY_TOKENS * x.shape[-1]
+    return x.is_cpu and not torch.compiler.is_exporting() and x.numel() < MANY_TOKENS * x.shape[-1]
 
 
 def takes_operators(x: Tensor) -> bool:

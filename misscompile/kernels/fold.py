@@ -15,13 +15,16 @@ from misscompile.variants import VARIANTS
 Update = tuple[str, Tensor]
 """A key of `VARIANTS`, and a block."""
 
+Scratch = dict[tuple[str, torch.dtype, torch.device], Tensor]
+"""Memory by use."""
+
 
 @torch.no_grad()
-def fold_in_place(weight: Tensor, updates: Sequence[Update]) -> None:
+def fold_in_place(weight: Tensor, updates: Sequence[Update], scratch: Scratch | None = None) -> None:
     """Write `round(W + ΣΔW)` over `weight (out, in)`, which may be any view of what is stored; blocks are only read.
 
     Each ΔW is computed from the base weight, so that their order does not matter. It works part by part, on rows that stay
-    in the cache.
+    in the cache. The folds of one merge share their `scratch`: the first touch of a page costs more than the sums in it.
     """
     dtypes = [weight.dtype, *(block.dtype for _, block in updates)]
     wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -30,8 +33,9 @@ def fold_in_place(weight: Tensor, updates: Sequence[Update]) -> None:
     count = math.ceil(len(weight) / fold_parts(weight) / step) * step
     size = min(count, len(weight)), weight.shape[1]
     # a part is written by one call, when all memory for it is taken: where there is none, a weight of one part is whole
-    summed = weight.new_empty(size, dtype=wide) if weight.dtype != wide or len(blocks) > 1 else None
-    origin = weight.new_empty(size, dtype=wide) if any(variant.reads_weight for variant, _ in blocks) else None
+    take = functools.partial(_take, {} if scratch is None else scratch, size, wide, weight.device)
+    summed = take("summed") if weight.dtype != wide or len(blocks) > 1 else None
+    origin = take("origin") if any(variant.reads_weight for variant, _ in blocks) else None
     for start in range(0, len(weight), max(count, 1)):
         part = weight[start : start + count]
         merged = part if summed is None else summed[: len(part)].copy_(part)
@@ -40,6 +44,13 @@ def fold_in_place(weight: Tensor, updates: Sequence[Update]) -> None:
             variant.add_delta_(merged, base, variant.rows_of(block, start, start + len(part)))
         if summed is not None:
             part.copy_(merged)
+
+
+def _take(scratch: Scratch, size: tuple[int, int], dtype: torch.dtype, device: torch.device, use: str) -> Tensor:
+    key, count = (use, dtype, device), math.prod(size)
+    if key not in scratch or scratch[key].numel() < count:
+        scratch[key] = torch.empty(count, dtype=dtype, device=device)
+    return scratch[key][:count].view(size)
 
 
 @torch.no_grad()

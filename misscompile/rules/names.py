@@ -89,6 +89,8 @@ def _matching(rule: Collection[str] | str, names: Iterable[str]) -> list[str]:
     if isinstance(rule, str):
         return [name for name in names if re.fullmatch(rule, name)]
     entries = set(rule)
+    if not entries:
+        return []
     return [name for name in names if not entries.isdisjoint(_suffixes(name))]
 
 
@@ -102,7 +104,7 @@ def _unmatched(rule: Collection[str] | str, names: Sequence[str]) -> list[str]:
     """The entries of a rule that take no name."""
     if isinstance(rule, str):
         return [] if _matching(rule, names) else [rule]
-    return sorted(set(rule).difference(*map(_suffixes, names)))
+    return sorted(set(rule).difference(*map(_suffixes, names))) if rule else []
 
 
 def _without_effect(field: str, entries: Iterable[str], names: Sequence[str]) -> list[str]:

@@ -74,12 +74,12 @@ class SummedVariant(Variant):
     """
 
     def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor) -> Tensor:
-        r = len(block)
-        rows = self._columns(block, len(merged)).t().contiguous()
+        (r, c), rows = block.shape, block.t().contiguous()
         n, rest = divmod(merged.shape[1], r)
-        torch.unflatten(merged[:, : n * r], -1, (n, r)).add_(rows.unsqueeze(1))
+        by_group = torch.unflatten(merged, 0, (-1, c))
+        torch.unflatten(by_group[..., : n * r], -1, (n, r)).add_(rows.unsqueeze(1))
         if rest:
-            merged[:, n * r :].add_(rows[:, :rest])
+            by_group[..., n * r :].add_(rows[:, :rest])
         return merged
 
     def bound(self, block: Tensor, in_block: float, in_weight: float) -> float:
@@ -92,8 +92,4 @@ class SummedVariant(Variant):
         """`A (r, in)` and `B (out, r)` with `B A = ΔW`, exactly: `A[j, i] = [i ≡ j mod r]`, `B` is `D` transposed."""
         r = len(block)
         down = (torch.arange(in_features) % r == torch.arange(r).unsqueeze(1)).to(block.dtype)
-        return down, self._columns(block, out_features).t()
-
-    def _columns(self, block: Tensor, out_features: int) -> Tensor:
-        """`D` for every output, `(r, out)`."""
-        return block.repeat(1, out_features // block.shape[1])
+        return down, block.repeat(1, out_features // block.shape[1]).t()

@@ -27,7 +27,10 @@ class Bat(Variant):
         return super().shape_problem(r, mini_r, in_features, out_features)
 
     def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor) -> Tensor:
-        return merged.add_(bat_delta(weight, block))
+        r = block.shape[-1]
+        product = torch.bmm(row_shards(weight, r), block)
+        by_shard(product, r).add_(block.unsqueeze(2))
+        return merged.add_(product.view(merged.shape))
 
     def row_step(self, block: Tensor) -> int:
         return block.shape[-1]
