@@ -40,14 +40,14 @@ def find_read_weights(modules: Iterable[nn.Module]) -> dict[nn.Module, WeightRea
     A module of torch's own reads a weight in one mode and calls the child in the other. Both modes are used, so a child
     that is read there counts as not called. Which path a model's own code takes mostly depends on a setting or a kernel.
     """
+    parents = [(parent, *weight_uses(type(parent))) for parent in modules]  # type: ignore[arg-type]
     readers: dict[nn.Module, type[nn.Module]] = {}
-    called: set[nn.Module] = set()
-    for parent in modules:  # of several readers, the last and nearest tells most
-        reads, calls = weight_uses(type(parent))  # type: ignore[arg-type]
+    for parent, reads, _ in parents:  # of several readers, the last and nearest tells most
         for path in reads:
             readers.update(dict.fromkeys(_children(parent, path), type(parent)))
-        for path in calls:
-            called.update(_children(parent, path))
+    if not readers:
+        return {}
+    called = {child for parent, _, calls in parents for path in calls for child in _children(parent, path)}
     found = {}
     for child, kind in readers.items():
         reason = f"{kind.__name__} reads its weight directly, so that its own forward does not always run"

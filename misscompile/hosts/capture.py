@@ -76,6 +76,13 @@ def capture(
         except TypeError as error:
             raise ArgumentError(f"args, kwargs: they do not fit {type(root).__name__}.forward: {error}.") from error
     module, graph, follows = _export_both_modes(root, args, named, shapes)
+    if dynamic_shapes is None:
+        _tell_fixed(module.graph, args, named)
+    return _whole_graph(root, module, graph, follows)
+
+
+def _whole_graph(root: nn.Module, module: fx.GraphModule, graph: fx.Graph, follows: bool) -> WholeGraph:
+    """A whole graph with its record, in the mode of the captured model, whose parameters train as the model's do."""
     captured = WholeGraph(module, graph)
     keep_persistence(captured, root)
     captured.training = root.training
@@ -90,8 +97,6 @@ def capture(
     trains = dict(root.named_parameters(remove_duplicate=False))
     for name, parameter in captured.named_parameters():
         parameter.requires_grad = name in trains and trains[name].requires_grad
-    if dynamic_shapes is None:
-        _tell_fixed(module.graph, args, named)
     return captured
 
 

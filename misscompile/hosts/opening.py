@@ -46,7 +46,15 @@ def open_host(model: object, verb: str, per_call_site: bool = False) -> Host:
 
 def open_adapted(model: object, verb: str) -> nn.Module:
     """The adapted model below its wrappers; of a graph that was exported while adapted, a graph with its adapters."""
-    return open_host(model, verb).root if holds_exported_adapters(model) else unwrap_model(model)
+    if not holds_exported_adapters(model):
+        return unwrap_model(model)
+    root = open_host(model, verb).root
+    if not owners(root):
+        raise StateError(
+            "the model has no adapter that its graph tells of. A graph exported from an adapted module tells of none: merge "
+            "the module before exporting it, or capture it, adapt the graph and export that."
+        )
+    return root
 
 
 def hosts_in(root: nn.Module) -> list[Host]:

@@ -62,11 +62,6 @@ def merge(
     """
     exported = holds_exported_adapters(model)
     root = open_adapted(model, "merge")
-    if exported and not owners(root):
-        raise StateError(
-            "the model has no adapter that its graph tells of. A graph exported from an adapted module tells of none: merge "
-            "the module before exporting it, or capture it, adapt the graph and export that."
-        )
     names = _names_to_merge(root, adapter_names)
     adapted = owners(root)
     check_classes(adapted)
