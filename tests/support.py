@@ -24,9 +24,6 @@ def stable_id(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-# Adapted models
-
-
 def fields(init_weights: Any = True, **changes: Any) -> dict[str, Any]:
     """The fields of a config on all linears, with `changes`."""
     return {"r": 4, "mini_r": 2, "target_modules": "all-linear", "init_weights": init_weights} | changes
@@ -58,9 +55,6 @@ def shake(model: nn.Module, seed: int = 1, std: float = 0.2) -> nn.Module:
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if "miss_block" in name}
-
-
-# The formulas
 
 
 def reference_delta(init_weights: Any, block: Tensor, weight: Tensor) -> Tensor:
@@ -119,9 +113,6 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
 
 def rms_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.detach().double() - expected.detach().double()).pow(2).mean().sqrt())
-
-
-# Running and comparing
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -203,9 +194,6 @@ def snapshot(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-# Graphs
-
-
 def trace_forward_code(model: nn.Module, x: Tensor) -> fx.GraphModule:
     """By `torch.fx.symbolic_trace`: torch functions, tensor methods and `call_module` nodes."""
     return fx.symbolic_trace(model)
@@ -225,16 +213,10 @@ def graph_list(graph: fx.Graph | fx.GraphModule) -> list[tuple[str, str, str, st
     return [(node.op, str(node.target), str(node.args), str(node.kwargs)) for node in nodes]
 
 
-# Messages
-
-
 def says(message: object, told: str) -> bool:
     """Whether a message is `told`, where three dots stand for any text."""
     pieces = [re.escape(piece) for piece in told.split("...")]
     return re.fullmatch(".*".join(pieces), str(message), re.DOTALL) is not None
-
-
-# Errors in the middle
 
 
 class Trap:

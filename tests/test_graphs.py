@@ -142,9 +142,6 @@ def test_a_sequence_classifier_trains_its_head_without_being_told(tmp_path: Path
     assert graph_list(trained) == graph_list(graph)
 
 
-# Training
-
-
 @pytest.mark.parametrize("init_weights", VARIANTS)
 def test_compiles_whole_and_only_once_for_all_shapes(init_weights: Any) -> None:
     _, graph = captured("llama")

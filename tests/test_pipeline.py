@@ -23,9 +23,6 @@ from misscompile.passes import runner
 LOGGER = "misscompile.passes"
 
 
-# The runner
-
-
 def scope_of() -> Any:
     """All that the runner reads of a scope."""
     return SimpleNamespace(graph=fx.symbolic_trace(TwoLinears()).graph, label="TwoLinears")
@@ -136,9 +133,6 @@ def test_a_whole_graph_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
         adapted(graph)
     told = [record.getMessage().split(",")[0] for record in caplog.records]
     assert told == ["whole graph after inline_regions: 0 matches", "whole graph after insert_updates: 2 matches"]
-
-
-# Sharing
 
 
 def kind_of(owner: nn.Module, **changes: Any) -> type:

@@ -216,9 +216,6 @@ def test_a_pattern_that_cannot_stand_inside_another_is_refused_by_name() -> None
         select("lm", MissConfig(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="(?i)LAYERS"))
 
 
-# What matched nothing is told
-
-
 def nothing(field: str, entry: str, *closest: str) -> str:
     hint = f"; closest: {', '.join(map(repr, closest))}" if closest else ""
     return f"{field} entry {entry!r} matches no module{hint}"
