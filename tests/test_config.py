@@ -307,9 +307,6 @@ def test_unknown_fields_are_told_at_once_with_a_suggestion(fields: list[str], to
     assert config == MissConfig(r=5)
 
 
-# What adapt takes
-
-
 class FakePeft:
     """A PEFT config by its looks: peft itself need not be there."""
 
