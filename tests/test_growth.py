@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,11 +30,14 @@ def calls_of_verbs(layers: int) -> dict[str, int]:
     }
     for name, verb in verbs.items():
         events: list[str] = []
+        gc.collect()
+        gc.disable()  # a collection would call the finalizers of whatever other tests left
         sys.setprofile(lambda frame, event, _, events=events: events.append(event))
         try:
             verb()
         finally:
             sys.setprofile(None)
+            gc.enable()
         counted[name] = events.count("call")
     return counted
 

@@ -124,9 +124,9 @@ def test_what_was_not_finite_in_a_base_weight_stays_and_nothing_joins_it(init_we
 def test_a_result_that_surely_stays_finite_is_computed_once(keep_adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     folded: list[int] = []
 
-    def counting(weight: Tensor, updates: Any) -> None:
+    def counting(weight: Tensor, updates: Any, scratch: Any) -> None:
         folded.append(weight.data_ptr())
-        fold_in_place(weight, updates)
+        fold_in_place(weight, updates, scratch)
 
     monkeypatch.setattr(base, "fold_in_place", counting)
     model = adapted(TwoLinears().bfloat16())
@@ -135,9 +135,9 @@ def test_a_result_that_surely_stays_finite_is_computed_once(keep_adapters: bool,
 
 
 def test_an_interrupt_waits_until_the_module_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(weight: Tensor, updates: Any) -> None:
+    def interrupted(weight: Tensor, updates: Any, scratch: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        fold_in_place(weight, updates)
+        fold_in_place(weight, updates, scratch)
 
     model, x = adapted(TwoLinears().double()), torch.randn(3, 12, dtype=torch.float64)
     y = model(x)
