@@ -30,7 +30,6 @@ def calls_of_verbs(layers: int) -> dict[str, int]:
     }
     for name, verb in verbs.items():
         events: list[str] = []
-        gc.collect()
         gc.disable()  # a collection would call the finalizers of whatever other tests left
         sys.setprofile(lambda frame, event, _, events=events: events.append(event))
         try:
