@@ -18,9 +18,6 @@ from misscompile.record.state import STATE, OwnerState, swap_kept
 from misscompile.record.walk import check_enabled, join, named_modules, owner_states, owners, unwrap_model
 from misscompile.record.words import Scope
 
-Scopes = Mapping[nn.Module, Scope | None]
-"""The scopes of owners, where they are known."""
-
 
 def open_host(model: object, verb: str, per_call_site: bool = False) -> Host:
     """What a new adapter goes onto: the model itself below its wrappers, or a copy of a graph.
