@@ -1,4 +1,4 @@
-"""Read the source of a forward: what a trace of it, or a look at its weights, could miss. Nothing is run.
+"""Read the source of a forward: what a trace of it would freeze or lose. Nothing is run.
 
 A trace runs a forward once and keeps what it saw. That is the whole forward only if it is straight-line: local assignments
 and a return, calls of torch functions on values that depend on the input, of the module's children, and of `super()`.

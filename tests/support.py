@@ -86,9 +86,16 @@ def reference_gradient(init_weights: Any, block: Tensor, weight: Tensor, weight_
     return gradient.view(block.shape)
 
 
+def base_weight(owner: nn.Module) -> nn.Parameter:
+    """The weight that is registered on a module; its attribute gives `W + ΔW` while adapters act."""
+    weight = owner._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
 def matrix_of(owner: nn.Module) -> Tensor:
     """The base weight of an owner as `(out, in)` in fp64: `Conv1D` of GPT-2 stores it the other way around."""
-    weight = owner.weight.detach().double()
+    weight = base_weight(owner).detach().double()
     return weight.t() if hasattr(owner, "nf") else weight
 
 

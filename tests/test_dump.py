@@ -144,7 +144,7 @@ CODE = text("""
     # after
     def forward(self, input : torch.Tensor) -> torch.Tensor:
         input_1 = input
-        weight = self.weight
+        weight = self.miss_base_weight
         bias = self.bias
         sum_shards = misscompile_kernels_shards_sum_shards(input_1, 4, True)
         miss_block_a = self.miss_block_a

@@ -181,3 +181,38 @@ def test_a_weight_that_a_module_holds_under_another_name_is_adapted(tmp_path: Pa
         for model in (adapted, program):
             assert max_error(mc.merge(model)(X), y) < 1e-12
     assert snapshot(graph) == before
+
+
+class _Tied(nn.Module):
+    """An embedding that a decoder shares, and a linear of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.narrow, self.decoder = (
+            nn.Embedding(20, 8),
+            nn.Linear(8, 8),
+            nn.Linear(1, 8),
+            nn.Linear(8, 20),
+        )
+        self.decoder.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.table(ids)
+        y: Tensor = self.decoder(self.up(h) + self.narrow(h[..., :1]))
+        return y
+
+
+@pytest.mark.parametrize("trace", ["captured", "traced"])
+def test_all_linear_passes_over_what_is_tied_to_an_embedding_and_what_r_does_not_fit(trace: str) -> None:
+    ids = torch.arange(6).view(2, 3)
+    graph = mc.capture(_Tied(), (ids,)) if trace == "captured" else fx.symbolic_trace(_Tied())
+    with pytest.warns(mc.MissWarning) as caught:
+        adapted = mc.adapt(graph, EVERY)
+    reader = "embedding" if trace == "captured" else "table"
+    assert sorted(str(warning.message) for warning in caught) == [
+        f"decoder (linear) is not adapted: its weight is tied to the embedding that {reader!r} reads",
+        "narrow (1→8) is not adapted: r=2 is more than its 1 input features; r of 1 to 1 would do",
+    ]
+    assert list(blocks_of(adapted)) == ["up.miss_block_default"]
+    before = fill_blocks(adapted)(ids)
+    assert max_error(mc.merge(adapted)(ids), before) < 1e-6

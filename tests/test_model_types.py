@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
 from typing import Any
@@ -21,9 +20,6 @@ REMOTE_CODE = {"RefinedWeb", "RefinedWebModel", "btlm", "chatglm", "rwkv7"}
 """Types whose code is on the Hub alone; the rows are PEFT's."""
 
 NO_AUTO_MODEL = {"siglip_text_model": "SiglipTextModel"}
-NOT_ON_EVERY_PATH = {"deberta", "rwkv"}
-"""Their own code also reads the weight of a target beside its forward, and adapt says so."""
-
 LAYER_FIELDS = ["num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_blocks"]
 LAYER_FIELDS += ["num_decoder_layers"]
 WHOLE = {"gemma3n_text"}  # its layer lists are of the default length
@@ -65,11 +61,9 @@ def _adapted(model: nn.Module) -> set[str]:
 
 
 def _adapt_by_type(model: nn.Module) -> set[str]:
-    """The names of the modules adapted without target_modules; a warning is an error, but for the one that is expected."""
-    expected = getattr(model.config, "model_type", None) in NOT_ON_EVERY_PATH
-    told = pytest.warns(mc.MissWarning, match="adapted, but not on every path") if expected else contextlib.nullcontext()
-    with told, warnings.catch_warnings():
-        warnings.filterwarnings("error", "(?!.*not on every path)" if expected else "", mc.MissWarning)
+    """The names of the modules adapted without target_modules; a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mc.MissWarning)
         return _adapted(model)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import differentiable_delta, fields, max_error, reference_delta, rms_error
+from support import base_weight, differentiable_delta, fields, max_error, reference_delta, rms_error
 from torch import Tensor, nn
 from zoo import TwoLinears
 
@@ -53,7 +53,7 @@ def test_output_gradients_and_merge_equal_the_formulas(case: dict[str, Any]) -> 
     (model, x), init_weights = _layer(case), case["fields"]["init_weights"]
     mc.adapt(model, mc.MissConfig(**case["fields"]))
     owner, tolerance = model[0], TOLERANCE[case["dtype"]]
-    weight, block = owner.weight.detach().clone(), owner.miss_block_default
+    weight, block = base_weight(owner).detach().clone(), owner.miss_block_default
     block.data.copy_(torch.randn(block.shape, dtype=torch.float64) * 0.5)
     upstream = torch.randn(*case["lead"], case["out_features"], dtype=torch.float64)
 
@@ -77,7 +77,7 @@ def test_output_gradients_and_merge_equal_the_formulas(case: dict[str, Any]) -> 
 
     mc.merge(model)
     assert type(model[0]) is nn.Linear
-    assert max_error(model[0].weight, total.detach().to(case["dtype"])) <= tolerance * scale
+    assert max_error(base_weight(model[0]), total.detach().to(case["dtype"])) <= tolerance * scale
 
 
 @settings(max_examples=40, deadline=None)
@@ -123,12 +123,16 @@ def test_low_precision_error_stays_within_the_bound(init_weights: Any, dtype: to
     their_block.data.copy_(values)
     assert our_block.dtype == their_block.dtype == torch.float32
 
-    x64, block64, weight64 = x.double().requires_grad_(), values.double().requires_grad_(), linear.weight.detach().double()
+    x64, block64, weight64 = (
+        x.double().requires_grad_(),
+        values.double().requires_grad_(),
+        base_weight(linear).detach().double(),
+    )
     total = weight64 + differentiable_delta(init_weights, block64, weight64)
     expected = F.linear(x64, total, linear.bias.double())
     expected.backward(upstream.double(), retain_graph=True)
     plain = copied().requires_grad_(False)
-    plain[0].weight.copy_(total.detach())  # rounded once: the yardstick of low precision
+    base_weight(plain[0]).copy_(total.detach())  # rounded once: the yardstick of low precision
 
     def errors(model: nn.Module) -> tuple[float, float]:
         leaf = x.clone().requires_grad_()
@@ -159,8 +163,8 @@ def test_updates_below_half_a_unit_of_the_weight_still_act_unless_bat_rounds_it(
     mc.adapt(model, mc.MissConfig(**fields(init_weights, r=8)), round_bat_weight=rounded)
     block = model[0].miss_block_default
     block.data.fill_(2.0**-12)
-    delta = reference_delta(init_weights, block, model[0].weight)
-    assert torch.equal((model[0].weight.double() + delta).bfloat16(), model[0].weight)
+    delta = reference_delta(init_weights, block, base_weight(model[0]))
+    assert torch.equal((base_weight(model[0]).double() + delta).bfloat16(), base_weight(model[0]))
     expected = F.linear(x.double(), delta)
     assert float(expected.abs().min()) > 0.01
     y = model(x)
@@ -178,7 +182,7 @@ def test_float16_shard_sums_do_not_overflow() -> None:
     mc.adapt(model, mc.MissConfig(r=8, target_modules=["0"]))
     assert torch.equal(model(x), before)
     model[0].miss_block_default.data.fill_(2.0**-10)
-    expected = F.linear(x.double(), model[0].weight.double() + 2.0**-10, model[0].bias.double())
+    expected = F.linear(x.double(), base_weight(model[0]).double() + 2.0**-10, model[0].bias.double())
     assert max_error(model(x), expected) / float(expected.abs().max()) < 2e-3
 
 

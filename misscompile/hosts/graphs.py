@@ -24,7 +24,7 @@ from misscompile.passes.find_sites import find_sites, other_readers, sites_by_na
 from misscompile.passes.linear_calls import target_name
 from misscompile.passes.runner import UNSHARE, run_passes
 from misscompile.passes.unshare_weights import call_name
-from misscompile.passes.weight_paths import overlap
+from misscompile.passes.weight_paths import find_parameter, overlap
 from misscompile.record.state import STATE, Kept, OwnerState, tensor_version
 from misscompile.record.walk import owner_state, owners
 from misscompile.record.words import Block, Refusal, Scope, Site, Target, View
@@ -65,7 +65,24 @@ class GraphHost(Host):
         return list(dict.fromkeys([*modules, *self.calls, *(refusal.name for refusal in self.scope.refusals)]))
 
     def linear_names(self) -> list[str]:
-        return list(self.calls)
+        return [name for name in self.calls if name not in self._tied]
+
+    @functools.cached_property
+    def _tied(self) -> dict[str, str]:
+        """The names of linears whose weight an embedding reads too, with the node of the embedding."""
+        tables: dict[int, str] = {}
+        for node in self.scope.graph.nodes:
+            if node.op == "call_function" and "embedding" in target_name(node):
+                read = [find_parameter(self.root, str(source.target)) for source in node.all_input_nodes]
+                tables |= {id(table): node.name for table in read if table is not None}
+            elif node.op == "call_module" and isinstance(module := self.root.get_submodule(str(node.target)), nn.Embedding):
+                tables[id(module.weight)] = node.name
+        weights = {name: id(self.stored_weight(name, sites[0])) for name, sites in self.calls.items()}
+        return {name: tables[weight] for name, weight in weights.items() if weight in tables}
+
+    def _names_of(self, weight: Tensor) -> set[str]:
+        named = self.root.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if parameter is weight}
 
     def output_names(self) -> set[str]:
         return set(record_of(self.root).outputs)
@@ -74,7 +91,10 @@ class GraphHost(Host):
         return record_of(self.root).model_type
 
     def passed_over(self) -> list[Refusal]:
-        return self.scope.refusals
+        outputs = self.output_names()
+        tied = {name: reader for name, reader in self._tied.items() if name not in outputs}
+        reason = "its weight is tied to the embedding that {!r} reads"
+        return [*self.scope.refusals, *(Refusal(name, "linear", reason.format(tied[name])) for name in tied)]
 
     def look(self, name: str, block: Block) -> list[Target | Refusal]:
         if name not in self.calls:
@@ -225,9 +245,8 @@ class GraphHost(Host):
             if id(site) not in adapted and site.path is not None and self.stored_weight("", site) is fold.weight
             if any(overlap(fold.weight, view, site.path.view) for view, _ in fold.parts)
         ]
-        named = self.root.named_parameters(remove_duplicate=False)
-        names = {name for name, parameter in named if parameter is fold.weight}
-        uses += [f"{user.name!r} ({user.target})" for user in other_readers(self.scope, names)]
+        readers = other_readers(self.scope, self._names_of(fold.weight))
+        uses += [f"{user.name!r} ({user.target})" for user in readers]
         calls = {site.node for site in self.scope.sites}
         for node in self.scope.graph.nodes:
             if node.op == "call_module" and node not in calls:

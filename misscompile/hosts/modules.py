@@ -25,7 +25,6 @@ from misscompile.hosts.owner_class import (
 from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import linear_shape, other_readers
 from misscompile.passes.trace import probe_opaque
-from misscompile.passes.weight_reads import WeightRead, find_read_weights
 from misscompile.record.state import STATE, Kept, OwnerState, base_class_of, tensor_version
 from misscompile.record.walk import named_modules, owners
 from misscompile.record.words import Block, Refusal, Scope, Site, Target
@@ -44,15 +43,11 @@ class ModuleHost(Host):
     def result(self, model: Any) -> Any:
         return model
 
-    @functools.cached_property
-    def _read_weights(self) -> dict[nn.Module, WeightRead]:
-        return find_read_weights(self.canonical)
-
     def names(self) -> list[str]:
         return [name for name in self.modules if name or linear_shape(self.root) is not None]
 
     def linear_names(self) -> list[str]:
-        return [name for name, module in self.modules.items() if _is_linear(module)]
+        return [name for name, module in self.modules.items() if _is_linear(module) and module not in self._tied]
 
     def output_names(self) -> set[str]:
         return output_embedding_names(self.root)
@@ -60,9 +55,21 @@ class ModuleHost(Host):
     def model_type(self) -> str | None:
         return getattr(getattr(self.root, "config", None), "model_type", None)
 
+    @functools.cached_property
+    def _tied(self) -> dict[nn.Module, str]:
+        """The linears whose weight is that of an embedding too, with the name of the embedding."""
+        embeddings = {id(m._parameters["weight"]): n for m, n in self.canonical.items() if isinstance(m, nn.Embedding)}
+        weights = {module: id(module._parameters.get("weight")) for module in self.canonical if _is_linear(module)}
+        return {module: embeddings[weight] for module, weight in weights.items() if weight in embeddings}
+
     def passed_over(self) -> list[Refusal]:
-        """Modules that hold a stack of weights: fused experts."""
-        found: dict[str, Refusal] = {}
+        """Modules that hold a stack of weights (fused experts), and linears that are tied to an embedding."""
+        outputs = self.output_names()
+        found = {
+            name: Refusal(name, type(module).__name__, f"its weight is tied to {self._tied[module]}, an embedding")
+            for module, name in self.canonical.items()
+            if module in self._tied and name not in outputs
+        }
         for module, name in self.canonical.items():
             if type(module).__module__.startswith("torch.nn."):
                 continue
@@ -93,8 +100,6 @@ class ModuleHost(Host):
 
     def _scope_or_problem(self, owner: nn.Module, block: Block, shape: tuple[int, int]) -> Scope | str:
         """The scope of a linear, or why an adapter on it could not take effect."""
-        if owner in self._read_weights and not self._read_weights[owner].called:
-            return self._read_weights[owner].reason
         if any(nn.parameter.is_lazy(p) for p in owner._parameters.values() if p is not None):
             return "its shape is not known yet; run the model once on real input first"
         if getattr(vars(owner).get("_hf_hook"), "offload", False):
@@ -113,22 +118,17 @@ class ModuleHost(Host):
         return {name: self.canonical[module] for name, module in self.modules.items()}
 
     def notes(self, targets: Sequence[Target]) -> list[str]:
-        """Paths on which an adapter does not act, and weights that modules without it use too."""
-        reads = self._read_weights
-        partly = [Refusal(t.name, type(t.owner).__name__, reads[t.owner].reason) for t in targets if t.owner in reads]
+        """Weights that modules without the adapter use too."""
         adapted, users = {target.owner for target in targets}, dict[int, str]()
         for module, name in self.canonical.items():
             if module not in adapted:
                 users |= {id(parameter): f"{name}.{held}".lstrip(".") for held, parameter in module._parameters.items()}
         shared = ((t.name, users.get(id(t.owner._parameters.get("weight", self)))) for t in targets)
         return [
-            *refusal_notes("adapted, but not on every path:", partly),
-            *(
-                f"{name} shares its weight with {user}: the adapter acts on this module alone, and merge will refuse "
-                "until the weight is untied"
-                for name, user in shared
-                if user is not None
-            ),
+            f"{name} shares its weight with {user}: the adapter acts on this module alone, and merge will refuse until the "
+            "weight is untied"
+            for name, user in shared
+            if user is not None
         ]
 
     def sites_of(self, owner: str) -> list[Site]:

@@ -19,6 +19,7 @@ from typing import Any
 from torch import fx, nn
 
 from misscompile.errors import StateError
+from misscompile.hosts.handed_out import BASE_WEIGHT, copy_attribute, weight_attributes
 from misscompile.passes.find_sites import find_sites, linear_shape
 from misscompile.passes.runner import ADAPT, run_passes
 from misscompile.passes.trace import BASE_FORWARD, opaque_scope, trace_owner
@@ -218,10 +219,13 @@ def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block,
         for site in rewritten.sites:
             site.blocks = blocks
         run_passes(ADAPT, rewritten)
-        forward = _compile_forward(graph, base.__name__)
+        path = scope.sites[0].path
+        for node in graph.find_nodes(op="get_attr", target="weight") if path is not None else ():
+            node.target = BASE_WEIGHT
         rewrite = Specialised(scope, blocks, graph)
-        members |= {"forward": forward, BASE_FORWARD: base.forward, REWRITE: rewrite}
-    members |= {tensor: _alias(copied) for tensor, copied in copies}
+        members |= {"forward": _compile_forward(graph, base.__name__), BASE_FORWARD: base.forward, REWRITE: rewrite}
+        members |= weight_attributes(base, path, blocks) if path is not None else {}
+    members |= {tensor: copy_attribute(copied) for tensor, copied in copies}
     return type(base.__name__, (AdaptedOwner, base), members)
 
 
@@ -239,13 +243,6 @@ def _compile_forward(graph: fx.Graph, name: str) -> Any:
     namespace.update(python.globals)
     exec(compile(python.src, filename, "exec"), namespace)  # noqa: S102 - torch.fx wrote this source
     return namespace.pop("forward")
-
-
-def _alias(copied: str) -> property:
-    def read(self: nn.Module) -> Any:  # a function, since Dynamo does not follow operator.attrgetter
-        return getattr(self, copied)
-
-    return property(read)
 
 
 def _set_class(owner: nn.Module, new_class: type[nn.Module], foreign: Any, inserted: bool) -> None:

@@ -43,7 +43,8 @@ def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weigh
     targets = [found for found in looked if isinstance(found, Target)]
     refusals = [*refusals, *(found for found in looked if isinstance(found, Refusal))]
     _check_refusals(refusals, targets, implicit)
-    _check_shapes(targets, config)
+    targets, misfits = _fitting(targets, config, implicit)
+    refusals += misfits
     saved = [host.modules[name] for name in selection.saved if name in host.modules]
     copied = _trained_in_full(host, config, saved, targets)
     notes = [*selection.notes, *refusal_notes("not adapted:", refusals), *host.notes(targets)]
@@ -147,20 +148,23 @@ def _check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], impl
     )
 
 
-def _check_shapes(targets: Sequence[Target], config: MissConfig) -> None:
-    fields, problems = set(), []
+def _fitting(targets: list[Target], config: MissConfig, implicit: bool) -> tuple[list[Target], list[Refusal]]:
+    """The targets that blocks of this config fit, and why not the others; an error if such a one was named, or none fits."""
+    fields, misfits = set(), {}
     for target in targets:
         sizes = target.in_features, target.out_features
         problem = VARIANTS[config.variant].shape_problem(config.r, config.mini_r, *sizes)
         if problem is not None:
             fields.add(problem[0])
-            problems.append(f"{target.name or '(root)'} ({sizes[0]}→{sizes[1]}): {problem[1]}")
-    if problems:
+            misfits[target.name] = Refusal(target.name, "→".join(map(str, sizes)), problem[1])
+    if misfits and not (implicit and len(misfits) < len(targets)):
         field = "r" if "r" in fields else "mini_r"
+        problems = [f"{misfit.name or '(root)'} ({misfit.kind}): {misfit.reason}" for misfit in misfits.values()]
         raise ConfigError(
             f"MissConfig.{field}={getattr(config, field)} does not fit {len(problems)} of {len(targets)} chosen modules:"
             f"{_listed(problems)}"
         )
+    return [target for target in targets if target.name not in misfits], list(misfits.values())
 
 
 def _listed(lines: Sequence[str]) -> str:

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import TRACERS, adapted, differentiable_delta, fill_blocks, matrix_of, max_error, reference_delta, rms_error
+from support import (
+    TRACERS,
+    adapted,
+    base_weight,
+    differentiable_delta,
+    fill_blocks,
+    matrix_of,
+    max_error,
+    reference_delta,
+    rms_error,
+)
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -160,7 +170,7 @@ def test_every_variant_in_every_layout(kind: Any, b: Block) -> None:
 def test_the_graph_tells_which_way_a_square_weight_lies(variant: str, dropout: float) -> None:
     b = block(variant, dropout=dropout)
     owner = adapt(make(kind("product"), sizes=(IN, IN)), b).eval()
-    weight, x = owner.weight.detach().t(), torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
+    weight, x = base_weight(owner).detach().t(), torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
     assert max_error(delta(owner, b, weight=weight), delta(owner, b, weight=weight.t()).t()) > 0.1
     check(owner, b, weight, x)
 
@@ -220,7 +230,7 @@ def test_several_sites_and_operations_in_place(kind: Any, variant: str, dropout:
     b, sizes = block(variant, dropout=dropout), (IN, IN if kind is AGAIN else OUT)
     owner, x = adapt(make(kind, sizes=sizes), b).eval(), torch.randn(3, IN, dtype=torch.float64)
     plain = make(kind, sizes=sizes)
-    plain.weight.copy_(owner.weight + delta(owner, b))
+    plain.weight.copy_(base_weight(owner) + delta(owner, b))
     plain.bias.copy_(owner.bias)
     expected = plain(x.clone())
     assert max_error(owner(x.clone()), expected) < 1e-12 * (1 + float(expected.abs().max()))
@@ -231,7 +241,7 @@ def test_an_opaque_site_takes_what_needs_no_weight(variant: str) -> None:
     b = block(variant, r=5)
     owner, x = adapt(make(OPAQUE), b), torch.randn(3, IN, dtype=torch.float64)
     assert call_opaque in targets(rewritten(owner))
-    assert max_error(owner(x), F.linear(x, owner.weight, owner.bias) + x @ delta(owner, b).T) < 1e-12
+    assert max_error(owner(x), F.linear(x, base_weight(owner), owner.bias) + x @ delta(owner, b).T) < 1e-12
 
 
 def test_an_opaque_site_refuses_bat() -> None:
@@ -301,7 +311,7 @@ def test_bat_in_low_precision_keeps_updates_below_half_a_unit(dtype: torch.dtype
     y = owner(x)
     update = x.double() @ delta(owner, b).T
     rounded_weight = (matrix_of(owner) + delta(owner, b)).to(dtype).double() - matrix_of(owner)
-    base = F.linear(x, owner.weight, owner.bias)
+    base = F.linear(x, base_weight(owner), owner.bias)
     assert rms_error(x.double() @ rounded_weight.T, update) > 0.5 * rms_error(update, torch.zeros(()))
     exact = F.linear(x.double(), matrix_of(owner), owner.bias.double()) + update
     assert rms_error(y, exact) <= 1.5 * rms_error(base, exact - update)
@@ -319,7 +329,7 @@ def test_dropout_reads_the_mode_when_it_runs_and_each_block_has_its_own(variant:
     drops = [node.args[1] for node in rewritten(owner).nodes if node.target is kernels.dropout]
     assert drops == [p for p in (first, second) if p]
     assert targets(rewritten(owner)).count(kernels.bat_linear) == (first == 0.0)
-    base = F.linear(x, owner.weight, owner.bias)
+    base = F.linear(x, base_weight(owner), owner.bias)
     torch.manual_seed(3)
     y = owner.train()(x)
     torch.manual_seed(3)
