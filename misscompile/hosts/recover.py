@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -70,8 +71,14 @@ def recover_adapters(root: WholeGraph) -> None:
 def _read_config(blocks: dict[str, Block]) -> MissConfig:
     first = next(iter(blocks.values()))
     start: Any = True if first.variant == "balance" else first.variant
+    ranks = {re.escape(owner): block.r for owner, block in blocks.items() if block.r != first.r}
     return MissConfig(
-        r=first.r, mini_r=first.mini_r, miss_dropout=first.dropout, init_weights=start, target_modules=list(blocks)
+        r=first.r,
+        mini_r=first.mini_r,
+        miss_dropout=first.dropout,
+        init_weights=start,
+        target_modules=list(blocks),
+        rank_pattern=ranks or None,
     )
 
 

@@ -82,7 +82,7 @@ def _dtype_and_device(weight: Tensor | None, autocast: bool) -> tuple[torch.dtyp
 
 def _start(target: Target, config: MissConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
     variant = VARIANTS[config.variant]
-    shape = variant.block_shape(config.r, config.mini_r, target.in_features, target.out_features)
+    shape = variant.block_shape(target.block.r, config.mini_r, target.in_features, target.out_features)
     if device.type == "meta":  # has no values, and takes longer to write them
         return torch.empty(shape, dtype=dtype, device=device)
     if config.init_weights is not False:

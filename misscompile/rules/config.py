@@ -1,4 +1,4 @@
-"""`MissConfig`: the fields, defaults and JSON of `peft.MissConfig`, and the rules that need no model to check."""
+"""`MissConfig`: the fields, defaults and JSON of `peft.MissConfig`, ranks by name, and what needs no model to be checked."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ Names = list[str] | set[str] | tuple[str, ...]
 
 ALL_LINEAR = "all-linear"
 PEFT_TYPE = "MISS"
+NOT_IN_PEFT = ("rank_pattern",)
+"""The fields that `peft.MissConfig` does not have."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class MissConfig:
-    """What to adapt and how; field for field the configuration of MiSS in PEFT.
+    """What to adapt and how: the fields of MiSS in PEFT, and `rank_pattern`.
 
     Args:
         r: rank, `1 <= r <= in_features` of every adapted linear.
@@ -38,6 +40,8 @@ class MissConfig:
         layers_pattern: name or names before the layer index; the first numbered segment of the name by default.
         bias: `"none"`, `"all"` or `"MiSS_only"`.
         modules_to_save: names of whole modules that are trained in full and saved with the adapter.
+        rank_pattern: ranks in the place of `r`, as `peft.LoraConfig` has them. A key is a name (by suffix) or a regular
+            expression for it; of several that match, the longest wins. PEFT's MiSS cannot read an adapter that has it.
         task_type, inference_mode, base_model_name_or_path, revision, peft_type, auto_mapping, peft_version:
             carried for PEFT's file format.
 
@@ -55,6 +59,7 @@ class MissConfig:
     layers_pattern: list[str] | str | None = None
     bias: Literal["none", "all", "MiSS_only"] = "none"
     modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] | None = None
     task_type: str | None = None
     inference_mode: bool = False
     base_model_name_or_path: str | None = None
@@ -85,6 +90,8 @@ class MissConfig:
             _check_regex("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
             _check_regex("exclude_modules", self.exclude_modules)
+        for pattern in self.rank_pattern or ():
+            _check_regex("rank_pattern", pattern)
         for pattern in as_list(self.layers_pattern):
             _check_regex("layers_pattern", pattern, inside=rf"\.(?:{pattern})\.")
         for field in ("layers_to_transform", "layers_pattern"):
@@ -100,8 +107,9 @@ class MissConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values; sets become sorted lists."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        """All fields as plain JSON values, sets as sorted lists; those that PEFT does not know only where they are set."""
+        values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in NOT_IN_PEFT or value}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
@@ -192,6 +200,12 @@ def _is_rule(value: object) -> bool:
     return _is_names(value) or (isinstance(value, str) and bool(value))
 
 
+def _is_ranks(value: object) -> bool:
+    """None, or ranks by name."""
+    ranks = value if isinstance(value, dict) else {}
+    return value is None or (bool(ranks) and all(isinstance(k, str) and k and _is_int(v) for k, v in ranks.items()))
+
+
 def _is_one_of(value: object, *words: str) -> bool:
     return isinstance(value, str) and value in words
 
@@ -212,6 +226,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_pattern": (_is_rule, "a name, a non-empty list of names, or None"),
     "bias": (lambda v: _is_one_of(v, "none", "all", "MiSS_only"), "'none', 'all' or 'MiSS_only'"),
     "modules_to_save": (_is_names, "a non-empty list of module names, or None"),
+    "rank_pattern": (_is_ranks, "a non-empty dict from names or regular expressions to integers of 1 or more, or None"),
     "task_type": (_is_text, "a task name such as 'CAUSAL_LM' or 'SEQ_CLS', or None"),
     "inference_mode": (lambda v: isinstance(v, bool), "True or False"),
     "base_model_name_or_path": (_is_text, "a string or None"),

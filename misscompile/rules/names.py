@@ -66,6 +66,24 @@ def layer_index(name: str, patterns: Sequence[str]) -> int | None:
     return None
 
 
+def rank_of(config: MissConfig, name: str) -> int:
+    """The rank of the block on `name`: by the longest entry of `rank_pattern` that takes the name, or else `r`."""
+    ranks = config.rank_pattern or {}
+    taken = [entry for entry in ranks if _takes(entry, name)]
+    return ranks[max(taken, key=len)] if taken else config.r
+
+
+def ranks_without_effect(config: MissConfig, chosen: Sequence[str]) -> list[str]:
+    """A sentence for each entry of `rank_pattern` that takes none of the chosen names."""
+    unused = [entry for entry in config.rank_pattern or () if not any(_takes(entry, name) for name in chosen)]
+    return [f"rank_pattern entry {entry!r} matches no adapted module{closest(entry, chosen)}" for entry in unused]
+
+
+def _takes(entry: str, name: str) -> bool:
+    """Whether an entry of `rank_pattern`, an expression for a name or for its last segments, takes a name (as in PEFT)."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{entry})", name) is not None
+
+
 def exact_targets(chosen: Sequence[str], names: Sequence[str]) -> list[str] | str:
     """`target_modules` that chooses exactly `chosen` among `names`: a list, or an expression where a suffix says more."""
     if set(_matching(chosen, names)) <= set(chosen):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from misscompile.errors import CheckpointError, MissError, StateError
+from misscompile.errors import CheckpointError, MissError, MissWarning, StateError
 from misscompile.hosts.base import Host
 from misscompile.hosts.opening import hosts_in, open_host
 from misscompile.hosts.register import create_blocks, create_copies
@@ -59,6 +60,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     root, path = unwrap_model(model), to_path(folder, "folder")
     adapter = require_adapter(root, adapter_name)
     write_folder(path, adapter_tensors(root, adapter_name), _config_to_write(root, adapter))
+    if adapter.config.rank_pattern:
+        told = "misscompile reads it, PEFT's MiSS cannot, which has no rank_pattern; save_as_lora writes a folder for PEFT"
+        warnings.warn(f"{path}: {told}.", MissWarning, stacklevel=2)
 
 
 def load_adapter(

@@ -91,8 +91,9 @@ def check_blocks(keys: Keys, plan: Plan) -> None:
                 f"{keys.path}: key '{PREFIX}{target.name}.{BLOCK}' is missing, although the config chooses that module."
             )
         sizes = target.in_features, target.out_features
-        needed = VARIANTS[config.variant].block_shape(config.r, config.mini_r, *sizes)
-        told = f", but {config.variant} with r={config.r} on a {sizes[0]}→{sizes[1]} linear needs {needed}."
+        r = target.block.r
+        needed = VARIANTS[config.variant].block_shape(r, config.mini_r, *sizes)
+        told = f", but {config.variant} with r={r} on a {sizes[0]}→{sizes[1]} linear needs {needed}."
         entry.check(needed, True, told, f"; a block has one of {_FLOATS}.")
     surplus = keys.blocks.keys() - chosen
     if surplus:

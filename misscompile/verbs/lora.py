@@ -23,7 +23,7 @@ from misscompile.passes.weight_paths import take_view
 from misscompile.record.state import STATE
 from misscompile.record.walk import join, named_modules, owner_states, require_adapter, unwrap_model
 from misscompile.rules.config import MissConfig
-from misscompile.rules.names import closest, exact_targets
+from misscompile.rules.names import closest, exact_targets, rank_of
 from misscompile.storage.peft_format import (
     BLOCK,
     PREFIX,
@@ -161,7 +161,7 @@ def _factors_of_folder(
             continue
         if name not in shapes:
             raise CheckpointError(f"{folder}: the base model has no linear {name!r}{closest(name, shapes)}.")
-        sizes = config.r, config.mini_r, *shapes[name]
+        sizes = rank_of(config, name), config.mini_r, *shapes[name]
         if variant.shape_problem(*sizes) is not None or tuple(block.shape) != variant.block_shape(*sizes):
             raise CheckpointError(
                 f"{folder}: key {PREFIX + key!r} has shape {tuple(block.shape)}, which does not fit the base model's "

@@ -17,7 +17,7 @@ from misscompile.record.walk import check_enabled, check_unmerged
 from misscompile.record.words import Adapter, Block, Plan, Refusal, Target
 from misscompile.rules.config import MissConfig
 from misscompile.rules.model_types import TARGETS_BY_MODEL_TYPE
-from misscompile.rules.names import select_names
+from misscompile.rules.names import rank_of, ranks_without_effect, select_names
 from misscompile.variants import VARIANTS
 
 _CLASSIFIER_NAMES = ("score", "classifier")
@@ -39,7 +39,8 @@ def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weigh
     selection = select_names(config, names, _targets(host, config, linears), set(linears) - outputs)
     rounds = round_bat_weight and VARIANTS[config.variant].reads_weight
     block = Block(adapter_name, config.variant, config.r, config.mini_r, float(config.miss_dropout), rounds)
-    looked = [found for name in selection.chosen for found in host.look(name, block)]
+    blocks = {name: dataclasses.replace(block, r=rank_of(config, name)) for name in selection.chosen}
+    looked = [found for name in selection.chosen for found in host.look(name, blocks[name])]
     targets = [found for found in looked if isinstance(found, Target)]
     refusals = [*refusals, *(found for found in looked if isinstance(found, Refusal))]
     _check_refusals(refusals, targets, implicit)
@@ -47,7 +48,8 @@ def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weigh
     refusals += misfits
     saved = [host.modules[name] for name in selection.saved if name in host.modules]
     copied = _trained_in_full(host, config, saved, targets)
-    notes = [*selection.notes, *refusal_notes("not adapted:", refusals), *host.notes(targets)]
+    ranks = ranks_without_effect(config, [target.name for target in targets])
+    notes = [*selection.notes, *ranks, *refusal_notes("not adapted:", refusals), *host.notes(targets)]
     return Plan(Adapter(adapter_name, config, refusals=tuple(refusals)), host.canonical, targets, notes, copied)
 
 
@@ -153,12 +155,12 @@ def _fitting(targets: list[Target], config: MissConfig, implicit: bool) -> tuple
     fields, misfits = set(), {}
     for target in targets:
         sizes = target.in_features, target.out_features
-        problem = VARIANTS[config.variant].shape_problem(config.r, config.mini_r, *sizes)
+        problem = VARIANTS[config.variant].shape_problem(target.block.r, config.mini_r, *sizes)
         if problem is not None:
-            fields.add(problem[0])
+            fields.add(problem[0] if problem[0] != "r" or target.block.r == config.r else "rank_pattern")
             misfits[target.name] = Refusal(target.name, "→".join(map(str, sizes)), problem[1])
     if misfits and not (implicit and len(misfits) < len(targets)):
-        field = "r" if "r" in fields else "mini_r"
+        field = next(field for field in ("r", "rank_pattern", "mini_r") if field in fields)
         problems = [f"{misfit.name or '(root)'} ({misfit.kind}): {misfit.reason}" for misfit in misfits.values()]
         raise ConfigError(
             f"MissConfig.{field}={getattr(config, field)} does not fit {len(problems)} of {len(targets)} chosen modules:"
