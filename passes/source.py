@@ -10,6 +10,7 @@ import ast
 import functools
 import inspect
 import textwrap
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,11 +25,17 @@ _STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr, a
 _BRANCHES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.NamedExpr, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-@functools.lru_cache(maxsize=4096)
 def parse_function(function: Callable[..., Any]) -> ast.FunctionDef | None:
     """The syntax tree of a Python function below its decorators, or None where there is no source."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return None if code is None else _parse_code(code)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_code(code: types.CodeType) -> ast.FunctionDef | None:
+    """By code, which functions of one definition share, and which keeps no module or class alive as a function does."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError, ValueError):  # built in C or generated
         return None
     return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None

@@ -128,6 +128,8 @@ def _trace(owner: nn.Module, base_class: type[nn.Module], foreign: Callable[...,
     if any(node.op == "get_attr" and node.target not in own for node in graph.nodes):
         return "its forward makes a tensor, which a trace would freeze"
     graph.owning_module = None
+    for node in graph.nodes:
+        node.meta.pop("nn_module_stack", None)  # holds the class, and that of a parametrized module holds the module
     return graph
 
 

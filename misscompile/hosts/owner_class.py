@@ -8,22 +8,25 @@ compiled graph. Whenever a record changes (switch, disable, merge, copy, unpickl
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import itertools
 import linecache
 import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from misscompile.errors import StateError
 from misscompile.hosts.handed_out import BASE_WEIGHT, copy_attribute, weight_attributes
 from misscompile.passes.find_sites import find_sites, linear_shape
 from misscompile.passes.runner import ADAPT, run_passes
 from misscompile.passes.trace import BASE_FORWARD, opaque_scope, trace_owner
-from misscompile.record.state import STATE, OwnerState, base_class_of, swap_kept
+from misscompile.record.state import STATE, OwnerState, base_class_of, describe, forgive_base, swap_kept
 from misscompile.record.words import Block, Scope
 
 Copies = tuple[tuple[str, str], ...]
@@ -42,61 +45,67 @@ class Specialised:
 REWRITE = "_miss_rewrite"
 """Name of the class attribute that holds the `Specialised`, or None where the forward is that of the base class."""
 
-_scopes: dict[Any, Scope] = {}
-_classes: dict[Any, type[AdaptedOwner]] = {}
+_scopes: weakref.WeakKeyDictionary[type[nn.Module], dict[Any, Scope]] = weakref.WeakKeyDictionary()
+"""By base class and structure."""
+_classes: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
+"""By base class, scope and what acts. The record of an owner keeps those of its adapters: they leave with the adapter."""
+_latest: collections.deque[type[nn.Module]] = collections.deque(maxlen=64)
+"""The last ones made, so that a model like the one before is neither rewritten nor compiled again."""
 _serial = itertools.count()
 _namespace: dict[str, Any] = {}
 
 
-class AdaptedOwner(nn.Module):
-    """What an adapted module can do beside its own class's behaviour. Always the first base of a generated class."""
+def _subclass(base: type[nn.Module], members: Mapping[str, Any]) -> type[nn.Module]:
+    """A subclass of `base` with what an adapted module can do beside, and with these members.
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        constructor, arguments, state, *rest = tuple(super().__reduce_ex__(protocol))
-        if arguments and arguments[0] is type(self):
-            arguments = (getattr(self, STATE).base_class, *arguments[1:])
-        return (_reconstruct, (constructor, arguments), state, *rest)
+    It has no second base: where the first base of a class is ABC or Generic, Python lays instances out in another way than
+    those of `nn.Module`, and none can become one of a class that has both for bases.
+    """
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        record: OwnerState = getattr(self, STATE)
-        self.__class__ = record.base_class  # type: ignore[assignment]
-        if record.disabled:  # copied inside disable_adapter: the context will not come back for the copy
-            record.disabled = 0
-            swap_kept(self)
-        refresh_owner(self)
+    class Adapted(base):  # type: ignore[misc, valid-type]
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            constructor, arguments, state, *rest = tuple(super().__reduce_ex__(protocol))
+            if arguments and arguments[0] is type(self):
+                arguments = (getattr(self, STATE).base_class, *arguments[1:])
+            return (_reconstruct, (constructor, arguments), state, *rest)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for kept in getattr(self, STATE).kept.values():
-            if isinstance(kept.value, nn.Parameter):
-                kept.value.data = fn(kept.value.data)
-            elif kept.value is not None:
-                kept.value = fn(kept.value)
-        return result
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            record: OwnerState = getattr(self, STATE)
+            self.__class__ = record.base_class  # type: ignore[assignment]
+            if record.disabled:  # copied inside disable_adapter: the context will not come back for the copy
+                record.disabled = 0
+                swap_kept(self)
+            refresh_owner(self)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        missing_keys: list[str] = args[2]
-        ours = {prefix + name for name in getattr(self, STATE).all_registered()}
-        missing_keys[:] = [key for key in missing_keys if key not in ours]  # a base checkpoint has no adapters
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            result = super()._apply(fn, recurse)
+            for kept in getattr(self, STATE).kept.values():
+                if isinstance(kept.value, nn.Parameter):
+                    kept.value.data = fn(kept.value.data)
+                elif kept.value is not None:
+                    kept.value = fn(kept.value)
+            return result
 
-    def extra_repr(self) -> str:
-        state: OwnerState = getattr(self, STATE)
-        parts = [f"{b.adapter}: {b.variant} r={b.r}" for b in state.blocks.values()]
-        blocks = ", ".join(parts + [f"{name}: {', '.join(tensors)}" for name, tensors in state.copies.items()])
-        off = " (merged)" if state.merged else " (disabled)" if state.disabled else ""
-        return ", ".join(part for part in (super().extra_repr(), f"miss=[{blocks}]{off}") if part)
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            ours = {prefix + name for name in getattr(self, STATE).all_registered()}
+            forgive_base(ours, state_dict, missing_keys=args[2])
 
+        def extra_repr(self) -> str:
+            return ", ".join(part for part in (super().extra_repr(), describe(getattr(self, STATE))) if part)
 
-class _Unpickled(AdaptedOwner):
-    """Stands in for the class of an adapted module until its state is back."""
+    for name, value in members.items():
+        setattr(Adapted, name, value)
+    for name in ("__name__", "__qualname__", "__module__"):
+        setattr(Adapted, name, getattr(base, name))
+    return Adapted
 
 
 def _reconstruct(constructor: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+    """A module in a class that waits for its state, from which its own class is derived."""
     module = constructor(*arguments)
-    base = type(module)
-    module.__class__ = type(base.__name__, (_Unpickled, base), {"__module__": base.__module__})
+    module.__class__ = _subclass(type(module), {})
     return module
 
 
@@ -107,8 +116,9 @@ def owner_scope(owner: nn.Module) -> Scope:
     assert shape is not None
     base_class = base_class_of(owner)
     foreign = state.foreign_forward if state else find_foreign_forward(owner)
-    key = _structure(owner, base_class, shape) if foreign is None else None
-    scope = _scopes.get(key)
+    key = None if foreign is not None else (shape, *_structure(owner))
+    known = _scopes.setdefault(base_class, {})
+    scope = known.get(key)
     if scope is None:
         scope = trace_owner(owner, base_class, shape, foreign)
         if not find_sites(scope):
@@ -116,7 +126,7 @@ def owner_scope(owner: nn.Module) -> Scope:
             scope = opaque_scope(owner, base_class, shape, foreign, reason)
             find_sites(scope)
         if key is not None:
-            _scopes[key] = scope
+            known[key] = scope
     return scope
 
 
@@ -133,6 +143,9 @@ def refresh_owner(owner: nn.Module, name: str = "the module", base: Scope | None
         new_class = _make_class(state.base_class, scope, blocks, copies)
         if state.foreign_forward is None:  # a forward that somebody set on an instance is not shared
             _classes[key] = new_class
+            if not parametrize.is_parametrized(owner):  # whose class holds its weight
+                _latest.append(new_class)
+    state.classes[state.acting()] = new_class
     _set_class(owner, new_class, state.foreign_forward, inserted=bool(blocks))
 
 
@@ -153,6 +166,7 @@ def remove_from_owner(owner: nn.Module, adapter_names: Sequence[str], name: str 
         restore_owner(owner, name)
         return
     state.active = tuple(n for n in state.active if n not in adapter_names)
+    state.classes = {acting: kind for acting, kind in state.classes.items() if not set(acting) & set(adapter_names)}
     refresh_owner(owner, name)
     for adapter in adapter_names:
         for registered in state.registered(adapter):
@@ -205,13 +219,13 @@ def before_and_after(title: str, before: fx.Graph, after: fx.Graph) -> str:
     return f"{title}\n# before\n{_readable_code(before)}\n\n# after\n{_readable_code(after)}"
 
 
-def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block, ...], copies: Copies) -> type[AdaptedOwner]:
+def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block, ...], copies: Copies) -> type[nn.Module]:
     """A subclass of `base` with the forward of `scope` in which `blocks` act.
 
     The attribute `tensor` of the class gives the registered `copy`, as `torch.nn.utils.parametrize` does it, so that every
     code that reads it gets what the adapter trained.
     """
-    members: dict[str, Any] = {REWRITE: None, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    members: dict[str, Any] = {REWRITE: None}
     if scope is not None:
         graph = copy.deepcopy(scope.graph)
         rewritten = Scope(scope.root, graph, scope.label, scope.shape, scope.opaque)
@@ -226,7 +240,10 @@ def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block,
         members |= {"forward": _compile_forward(graph, base.__name__), BASE_FORWARD: base.forward, REWRITE: rewrite}
         members |= weight_attributes(base, path, blocks) if path is not None else {}
     members |= {tensor: copy_attribute(copied) for tensor, copied in copies}
-    return type(base.__name__, (AdaptedOwner, base), members)
+    made = _subclass(base, members)
+    if scope is not None:
+        weakref.finalize(made, linecache.cache.pop, members["forward"].__code__.co_filename, None)
+    return made
 
 
 def _compile_forward(graph: fx.Graph, name: str) -> Any:
@@ -271,7 +288,7 @@ def _forward_slot(owner: nn.Module) -> str:
     return "_old_forward" if "_hf_hook" in vars(owner) and "_old_forward" in vars(owner) else "forward"
 
 
-def _structure(owner: nn.Module, base_class: type[nn.Module], shape: tuple[int, int]) -> Any:
+def _structure(owner: nn.Module) -> list[Any]:
     """What a trace of the owner's base forward can depend on; it may read no plain attribute but the shape."""
     state: OwnerState | None = vars(owner).get(STATE)
     ours = state.all_registered() if state else ()
@@ -281,4 +298,4 @@ def _structure(owner: nn.Module, base_class: type[nn.Module], shape: tuple[int, 
             if name not in ours:
                 held.append(name if tensor is None else (name, tensor.shape, type(tensor)))
     held.extend((name, type(child)) for name, child in owner._modules.items())
-    return base_class, shape, tuple(held)
+    return held

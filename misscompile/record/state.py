@@ -7,6 +7,8 @@ model is an adapted model too.
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,19 +50,25 @@ class OwnerState:
     """Whether blocks act in a graph above the module, and not in a forward of its own."""
     foreign_forward: Any = None
     """An instance attribute `forward` that somebody else had put on the module."""
+    classes: dict[tuple[str, ...], type[nn.Module]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    """The classes that the module has had, by the adapters that acted: going back to a set needs no new one."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "classes": {}}  # a copy derives its own
+
+    def acting(self) -> tuple[str, ...]:
+        """The adapters that act now, in the order of activation."""
+        return () if self.disabled else tuple([name for name in self.active if name not in self.merged])
 
     def effective_blocks(self) -> tuple[Block, ...]:
         """The blocks that act now, in the order of activation."""
-        if self.disabled:
-            return ()
-        return tuple([self.blocks[name] for name in self.active if name in self.blocks and name not in self.merged])
+        return tuple([self.blocks[name] for name in self.acting() if name in self.blocks])
 
     def effective_copies(self) -> tuple[tuple[str, str], ...]:
         """`(tensor, the registered copy that stands for it now)`."""
-        if self.disabled or not self.copies:
+        if not self.copies:
             return ()
-        acting = [name for name in self.active if name in self.copies and name not in self.merged]
-        return tuple((tensor, copy_name(name, tensor)) for name in acting for tensor in self.copies[name])
+        return tuple((tensor, copy_name(name, tensor)) for name in self.acting() for tensor in self.copies.get(name, ()))
 
     def registered(self, adapter: str) -> list[str]:
         """Names of everything that one adapter registered on this module."""
@@ -70,6 +78,42 @@ class OwnerState:
     def all_registered(self) -> list[str]:
         """Names of everything that any adapter registered on this module."""
         return [name for adapter in self.adapters for name in self.registered(adapter)]
+
+
+def describe(state: OwnerState) -> str:
+    """What an adapted module shows of itself in `repr`."""
+    parts = [f"{b.adapter}: {b.variant} r={b.r}" for b in state.blocks.values()]
+    blocks = ", ".join(parts + [f"{name}: {', '.join(tensors)}" for name, tensors in state.copies.items()])
+    off = " (merged)" if state.merged else " (disabled)" if state.disabled else ""
+    return f"miss=[{blocks}]{off}"
+
+
+class _Loads(threading.local):
+    """The load of a `state_dict` that runs in this thread, told by its list of missing keys."""
+
+    missing: list[str] | None = None
+    forgiven: list[str] | None = None
+    """What was taken out of that list again; None where the dict is known to have adapters."""
+
+
+_LOADS = _Loads()
+
+
+def forgive_base(ours: set[str], state_dict: Mapping[str, Any], missing_keys: list[str]) -> None:
+    """Take the keys of an owner out of `missing_keys` where a base is loaded, which has no adapters.
+
+    A dict that has a key of any owner is one of an adapted model: what it lacks is missing, also of owners before.
+    """
+    if _LOADS.missing is not missing_keys:
+        _LOADS.missing, _LOADS.forgiven = missing_keys, []
+    if _LOADS.forgiven is None:
+        return
+    if not ours.isdisjoint(state_dict):
+        missing_keys[:0] = _LOADS.forgiven
+        _LOADS.forgiven = None
+        return
+    _LOADS.forgiven += [key for key in missing_keys if key in ours]
+    missing_keys[:] = [key for key in missing_keys if key not in ours]
 
 
 def base_class_of(module: nn.Module) -> type[nn.Module]:
