@@ -16,15 +16,18 @@ follow stays one opaque node, `call_function[call_opaque](self.miss_base_forward
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize
 
 from misscompile.errors import UnsupportedModuleError
 from misscompile.passes.source import tracing_hazard
@@ -90,7 +93,8 @@ def call_opaque(
 def probe_opaque(owner: nn.Module, base_class: type[nn.Module], shape: Shape) -> str | None:
     """Why an opaque forward is no linear, or None where it is one or cannot be tried.
 
-    The forward runs once on fake tensors, on a second module over the same parameters: nothing is computed or changed.
+    The forward runs on fake tensors, on a second module over the same parameters. Where it looks at values it runs on a copy
+    of the module, if that holds plain floating-point tensors alone: nothing of the owner is changed.
     """
     try:
         inspect.signature(base_class.forward).bind(owner, None)
@@ -98,19 +102,44 @@ def probe_opaque(owner: nn.Module, base_class: type[nn.Module], shape: Shape) ->
         return f"its forward is not a function of one input ({error})"
     like = next(iter(owner.parameters()), torch.empty(0))
     dtype = like.dtype if like.is_floating_point() else torch.float32
-    shadow = _shadow(base_class, owner)
+    reason = None
+    for prepare in (_faked, _copied) if _is_plain(owner) else (_faked,):
+        for positions in ((2,), (2, 3)):  # some forwards take sequences alone
+            try:
+                with prepare(base_class, owner) as module, torch.no_grad():
+                    x = torch.zeros(*positions, shape[0], dtype=dtype, device=like.device)
+                    call_opaque(functools.partial(base_class.forward, module), shape[1], x, (), {})
+                    return None
+            except UnsupportedModuleError as error:
+                return str(error)
+            except Exception as error:  # noqa: BLE001 - it may call a kernel that knows no such tensors: the run will show
+                reason = f"its forward fails on {shape[0]} features ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return reason if _is_plain(owner) else None
+
+
+def _is_plain(owner: nn.Module) -> bool:
+    tensors = [*owner.parameters(), *owner.buffers()]
+    return all(type(t) in (nn.Parameter, torch.Tensor) and t.is_floating_point() and not t.is_meta for t in tensors)
+
+
+@contextlib.contextmanager
+def _faked(base_class: type[nn.Module], owner: nn.Module) -> Iterator[nn.Module]:
+    shadow, log = _shadow(base_class, owner), logging.getLogger(FakeTensorMode.__module__)
+    disabled, log.disabled = log.disabled, True  # it logs what raises, and a failure is an answer here
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             registries: list[dict[str, Any]] = [shadow._parameters, shadow._buffers]
             for held in registries:
                 held.update({name: None if tensor is None else mode.from_tensor(tensor) for name, tensor in held.items()})
-            x = torch.empty(2, shape[0], dtype=dtype, device=like.device)
-            call_opaque(functools.partial(base_class.forward, shadow), shape[1], x, (), {})
-    except UnsupportedModuleError as error:
-        return str(error)
-    except Exception:  # noqa: BLE001 - it may look at values, or call a kernel that knows no fake tensors: the run will show
-        return None
-    return None
+            yield shadow
+    finally:
+        log.disabled = disabled
+
+
+@contextlib.contextmanager
+def _copied(base_class: type[nn.Module], owner: nn.Module) -> Iterator[nn.Module]:
+    with torch.random.fork_rng(devices=[]):
+        yield _shadow(base_class, copy.deepcopy(owner))
 
 
 def _trace(owner: nn.Module, base_class: type[nn.Module], foreign: Callable[..., Any] | None) -> fx.Graph | str:
@@ -135,7 +164,7 @@ def _trace(owner: nn.Module, base_class: type[nn.Module], foreign: Callable[...,
 
 def _without_values(owner: nn.Module, shape: Shape) -> nn.Module:
     """The names, shapes and dtypes of what `owner` holds: scopes are shared and cached, and keep no weight alive."""
-    root, in_features, out_features = nn.Module(), *shape
+    root = nn.Module()
     for name, tensor in (owner._parameters | owner._buffers).items():
         if tensor is not None and not nn.parameter.is_lazy(tensor):
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -145,7 +174,9 @@ def _without_values(owner: nn.Module, shape: Shape) -> nn.Module:
             parent, _, last = name.rpartition(".")
             root.get_submodule(parent).add_module(last, nn.Module())
     if "weight" not in root._parameters and "parametrizations" in owner._modules:
-        root.weight = nn.Parameter(torch.empty(out_features, in_features, device="meta"), requires_grad=False)
+        with torch.no_grad():
+            size = owner.weight.shape if parametrize.is_parametrized(owner, "weight") else reversed(shape)
+        root.weight = nn.Parameter(torch.empty(*size, device="meta"), requires_grad=False)
     return root
 
 

@@ -40,6 +40,8 @@ class Fold:
         """Refuse a fold whose result cannot be computed, or would not be finite although the weight is."""
         if self.weight.is_meta:
             raise MergeError(f"{self.name}: its weight is on the meta device or offloaded; load it first.")
+        if self.weight.is_inference() and not torch.is_inference_mode_enabled():
+            raise MergeError(f"{self.name}: its weight was made under torch.inference_mode; call merge inside of it.")
         if not stays_finite(self.weight, [(b.variant, values) for _, blocks in self.parts for b, values in blocks]):
             self.merged()
 

@@ -87,6 +87,8 @@ class ModuleHost(Host):
             return []
         self._looked_at.add(owner)
         name, shape = self.canonical[owner], linear_shape(owner)
+        if isinstance(owner, torch.jit.ScriptModule):
+            return [Refusal(name, type(owner).__name__, "it is compiled by TorchScript; adapt the module before scripting it")]
         if shape is None:
             inside = [f"{name}.{child}" for child, module in owner.named_modules() if child and _is_linear(module)]
             hint = f" (the linears inside: {', '.join(inside[:_SHOWN])})" if inside else ""
@@ -232,7 +234,8 @@ def refusal_notes(what: str, refusals: Sequence[Refusal]) -> list[str]:
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
-    named_linear = "linear" in type(module).__name__.lower() or "nf" in vars(module)
+    script = isinstance(module, torch.jit.ScriptModule)  # which is refused, and told
+    named_linear = script or "linear" in type(module).__name__.lower() or "nf" in vars(module)
     return named_linear and linear_shape(module) is not None
 
 

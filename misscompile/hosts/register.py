@@ -22,6 +22,7 @@ from misscompile.variants import VARIANTS
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@torch.inference_mode(False)
 def create_blocks(
     plan: Plan, autocast_adapter_dtype: bool, values: Mapping[str, Tensor] | None = None, copy: bool = True
 ) -> None:
@@ -38,11 +39,13 @@ def create_blocks(
             if values is None:
                 value = _start(target, plan.adapter.config, dtype, device)
             else:
-                value = values[target.name].to(device=device, dtype=dtype, copy=copy)
+                value = values[target.name]
+                value = value.to(device=device, dtype=dtype, copy=copy or value.is_inference())
             by_weight[target.shared_by] = nn.Parameter(value, plan.adapter.trainable)
         plan.parameters[target.name] = by_weight[target.shared_by]
 
 
+@torch.inference_mode(False)
 def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] | None = None, copy: bool = True) -> None:
     """Fill `plan.copies`: a copy of every tensor that the adapter trains in full, in the dtype and place of the base's.
 
@@ -52,7 +55,7 @@ def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] |
         for name in names:
             base = base_tensor(owner, name)
             value = base if values is None else values[owner][name]
-            copied = value.detach().to(device=base.device, dtype=base.dtype, copy=copy or value is base)
+            copied = value.detach().to(device=base.device, dtype=base.dtype, copy=copy or value is base or value.is_inference())
             if isinstance(base, nn.Parameter):
                 copied = nn.Parameter(copied, plan.adapter.trainable and copied.is_floating_point())
             plan.copies.setdefault(owner, {})[name] = copied

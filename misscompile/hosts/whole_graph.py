@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from misscompile.errors import ArgumentError, StateError
+from misscompile.errors import ArgumentError, CaptureError, StateError
 from misscompile.passes.find_sites import find_sites, sites_by_name
 from misscompile.passes.follow_mode import frozen_mode
 from misscompile.passes.owner_names import module_stack
@@ -140,7 +141,18 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
 
 
 def inline_graph(module: fx.GraphModule) -> None:
-    """Put the regions of a graph that run without gradients in line, in place."""
+    """Put the regions of a graph that run without gradients in line, in place.
+
+    Raises:
+        CaptureError: Python reads a name of the graph as another one.
+    """
+    for node in module.graph.nodes:
+        name = str(node.target)
+        if node.op in ("get_attr", "call_module") and (read := unicodedata.normalize("NFKC", name)) != name:
+            raise CaptureError(
+                f"{name}: Python reads this name as {read!r} in the generated code of a graph, which would not find it. Rename "
+                "that module or parameter, or adapt the module itself: misscompile.adapt(model, config) needs no graph."
+            )
     run_passes(CAPTURE, Scope(module, module.graph, "whole graph"))
     module.delete_all_unused_submodules()
     module.recompile()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misscompile.kernels.device import is_transformed, takes_factored, takes_operators
+from misscompile.kernels.device import check_blocks, is_transformed, takes_factored, takes_operators
 from misscompile.kernels.operators import define_operator
 from misscompile.variants import Form
 from misscompile.variants.bat import bat_delta, by_shard, row_shards
@@ -35,6 +35,7 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Sequence[
     Each ΔW comes from the base weight. `round_weight` lets a 16-bit `W + ΔW` be rounded, for one product; a wider one has
     room for small updates.
     """
+    check_blocks(*blocks)
     form: Form = "two products" if weight.dtype.itemsize == 2 and not round_weight else "one product"
     if takes_operators(x) and not torch.is_autocast_enabled(x.device.type):  # an operator of ours knows no autocast
         y: Tensor = BAT_LINEAR(x, weight, bias, form, blocks)
@@ -44,6 +45,7 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Sequence[
 
 def add_bat(y: Tensor, x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     """`y + x ΔWᵀ`: a product of its own, for an input that is not the base's (dropout) and a base that is not a product."""
+    check_blocks(block)
     return y + _product_that_keeps_x(x, weight, None, "beside the base", [block])
 
 

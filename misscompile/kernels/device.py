@@ -5,10 +5,13 @@ The constants were measured on CPUs and hold there alone. Elsewhere an operation
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from misscompile.errors import ArgumentError
 from misscompile.variants import Form
 
 MANY_TOKENS = 64
@@ -76,6 +79,19 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def check_blocks(*blocks: Tensor) -> None:
+    """Refuse the expanded weights of `torch.nn.utils._per_sample_grad`, which know a few calls of torch and no other.
+
+    Raises:
+        ArgumentError: a block is one.
+    """
+    if not torch.compiler.is_compiling() and any(type(block).__name__ == "ExpandedWeight" for block in blocks):
+        raise ArgumentError(
+            "call_for_per_sample_grads: its expanded weights cannot follow the update of an adapter. Take gradients for each "
+            "sample by torch.func.vmap(torch.func.grad(...)) over torch.func.functional_call(model, ...)."
+        )
+
+
 def can_redraw(x: Tensor) -> bool:
     """Whether the state from which a dropout mask of `x` is drawn can be read and set again."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_contiguous() or x.numel() == 0:
@@ -87,17 +103,19 @@ def can_redraw(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def random_state(device: torch.device) -> Tensor:
-    """The state of the generator from which the values on this device are drawn."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator from which the values on this device are drawn."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
-def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Set what `random_state` gives."""
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+def outside_vmap() -> AbstractContextManager[None]:
+    """A context in which no `vmap` that runs sees what is called, neither that of `torch.func` nor that of autograd."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
+    keys = keys.add(torch._C._parse_dispatch_key("VmapMode"))  # of which the enum has no member
+    guard: AbstractContextManager[None] = torch._C._ExcludeDispatchKeyGuard(keys)
+    return guard
 
 
 def fold_parts(weight: Tensor) -> int:

@@ -1,20 +1,24 @@
 """Dropout that keeps the state of the random generator instead of a mask as large as its input.
 
-    forward     y = F.dropout(x, p)        remembers the state from which its mask was drawn
-    backward    dx = F.dropout(dy, p)      from the same state, hence with the same mask
+    forward     y = x · mask        remembers the state from which the mask was drawn
+    backward    dx = dy · mask      drawn once more, from the same state
 
-The numbers drawn are those of `F.dropout`, so a seed gives the same model; the backward draws them once more.
+On a CPU the numbers drawn are those of `F.dropout`, so a seed gives the same model. A mask is drawn from a generator of its
+own: other threads may draw from the default one at any moment.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misscompile.kernels.device import can_redraw, random_state, set_random_state
+from misscompile.kernels.device import can_redraw, default_generator, outside_vmap
+
+_DRAWING = threading.Lock()
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -32,18 +36,27 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 class _Redrawn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        ctx.p = p
-        ctx.save_for_backward(random_state(x.device))
-        return F.dropout(x, p)
+        default = default_generator(x.device)
+        with _DRAWING:  # two threads must not draw one mask
+            state = default.get_state()
+            mask, after = _draw_mask(x.shape, x.dtype, x.device, p, state)
+            default.set_state(after)
+        ctx.p, ctx.shape, ctx.dtype, ctx.device = p, x.shape, x.dtype, x.device
+        ctx.save_for_backward(state)
+        return x * mask
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous()  # the mask is drawn in the order of the memory
-        (state,) = ctx.saved_tensors
-        device = gradient.device
-        current = random_state(device)
-        set_random_state(state, device)
-        try:
-            return F.dropout(gradient, ctx.p), None
-        finally:
-            set_random_state(current, device)
+        with outside_vmap():  # for which the mask is no random number: it is the one of the forward
+            mask, _ = _draw_mask(ctx.shape, ctx.dtype, ctx.device, ctx.p, *ctx.saved_tensors)
+        return gradients[0] * mask, None
+
+
+def _draw_mask(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, p: float, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A mask of `1 / (1 - p)` and zeros, and the state of the generator behind it."""
+    generator = torch.Generator(device)
+    generator.set_state(state)
+    mask = torch.empty(shape, dtype=dtype, device=device).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    return mask, generator.get_state()

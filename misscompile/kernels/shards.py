@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from misscompile.kernels.device import fills_vector, group_width, has_few_tokens, takes_operators
+from misscompile.kernels.device import check_blocks, fills_vector, group_width, has_few_tokens, takes_operators
 from misscompile.kernels.operators import define_operator
 
 
@@ -42,6 +42,7 @@ def add_update(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:
     `s` is `sum_shards` of the input, with `for_product` where the block has a column for each output; `terms` says how many
     shards it sums. The block may have any floating dtype.
     """
+    check_blocks(block)
     add: Callable[..., Tensor]
     if block.shape[1] == y.shape[-1]:
         add = ADD_PRODUCT if _changes_dtype(y, block) and takes_operators(y) else add_product

@@ -136,8 +136,8 @@ def base_tensor(owner: nn.Module, name: str) -> Tensor:
 
 
 def tensor_version(tensor: Tensor) -> tuple[int, int]:
-    """`(id, _version)`, which changes with every in-place write that autograd knows of."""
-    return id(tensor), tensor._version
+    """`(id, _version)`, which changes with every in-place write that autograd knows of; of an inference tensor it knows of none."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def is_current(kept: Kept, owner: nn.Module, name: str) -> bool:

@@ -65,4 +65,4 @@ def row_shards(weight: Tensor, r: int) -> Tensor:
 
 def by_shard(shards: Tensor, r: int) -> Tensor:
     """`(out/r, r·in/r, r)` as row, shard and column of each row block, `(out/r, r, in/r, r)`."""
-    return torch.unflatten(shards, 1, (r, -1))
+    return shards.reshape(shards.shape[0], r, -1, shards.shape[2])  # autograd's own vmap knows no unflatten

@@ -60,6 +60,7 @@ def adapt(
         UnsupportedModuleError: a module was named on which an adapter would have no effect.
         StateError: the name is in use, or the model is merged or inside `disable_adapter`.
         ArgumentError: an argument has the wrong type.
+        CaptureError: Python reads a name of the graph as another one (letters in a form that it normalises).
 
     Nothing is changed when it raises. What the rules passed over is told in a `MissWarning` and listed by `dump`.
     """

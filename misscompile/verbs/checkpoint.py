@@ -119,12 +119,11 @@ def _plan_to_load(host: Host, folder: Path, adapter_name: str, trainable: bool, 
     host.per_call_site = any(re.search(r"#\d", entry.key) for entry in entries)
     keys = sort_keys(host, weights, entries)
     try:
-        plan = make_plan(host, config, adapter_name, round_bat_weight)
+        plan = make_plan(host, config, adapter_name, round_bat_weight, trainable)
     except MissError as error:
         raise CheckpointError(f"{folder}: the adapter does not fit this model: {error}") from error
     check_blocks(keys, plan)
     check_trained_in_full(keys, plan, host)
-    plan.adapter.trainable = trainable
     return plan, keys
 
 

@@ -168,6 +168,8 @@ def _factors_of_folder(
                 f"{shapes[name][0]}→{shapes[name][1]} linear: is it the one that the adapter was trained on?"
             )
         factors[name] = _Factors(*variant.lora_factors(block, *shapes[name]))
+    if not factors:
+        raise CheckpointError(f"{folder}: its {WEIGHTS_FILE} has no block; was it written for another model or method?")
     return factors
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import torch
 from torch import fx, nn
 
 from misscompile.errors import ArgumentError, ConfigError, NoMatchError, StateError, UnsupportedModuleError
@@ -26,7 +28,9 @@ _TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "
 _SHOWN = 5
 
 
-def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weight: bool = False) -> Plan:
+def make_plan(
+    host: Host, config: MissConfig, adapter_name: str, round_bat_weight: bool = False, trainable: bool = True
+) -> Plan:
     """Choose the sites of a model, look at each, and say what will be registered where. Errors are those of `adapt`."""
     check_adapter_name(adapter_name, host.states())
     names, linears = host.names(), host.linear_names()
@@ -43,6 +47,9 @@ def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weigh
     looked = [found for name in selection.chosen for found in host.look(name, blocks[name])]
     targets = [found for found in looked if isinstance(found, Target)]
     refusals = [*refusals, *(found for found in looked if isinstance(found, Refusal))]
+    idle = {target.name: problem for target in targets if (problem := _weight_problem(target, trainable)) is not None}
+    refusals += [Refusal(t.name, type(t.owner).__name__, idle[t.name]) for t in targets if t.name in idle]
+    targets = [target for target in targets if target.name not in idle]
     _check_refusals(refusals, targets, implicit)
     targets, misfits = _fitting(targets, config, implicit)
     refusals += misfits
@@ -50,17 +57,18 @@ def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weigh
     copied = _trained_in_full(host, config, saved, targets)
     ranks = ranks_without_effect(config, [target.name for target in targets])
     notes = [*selection.notes, *ranks, *refusal_notes("not adapted:", refusals), *host.notes(targets)]
-    return Plan(Adapter(adapter_name, config, refusals=tuple(refusals)), host.canonical, targets, notes, copied)
+    return Plan(Adapter(adapter_name, config, trainable, tuple(refusals)), host.canonical, targets, notes, copied)
 
 
 def check_adapter_name(name: object, states: Mapping[str, OwnerState]) -> None:
     """Refuse a name that cannot be a new adapter of a model with these records, and a model that cannot take one now."""
     if not isinstance(name, str):
         raise ArgumentError(f"adapter_name: expected a string, found {type(name).__name__}.")
-    if not re.fullmatch(r"[\w-]+", name):
+    plain = unicodedata.normalize("NFKC", name)  # as Python reads a name in generated code
+    if plain != name or not re.fullmatch(r"[\w-]+", name):
         raise ConfigError(
             f"adapter_name={name!r}: a name becomes part of a parameter name, so it holds letters, digits, _ and - only (no "
-            f"dot); {re.sub(r'[^-A-Za-z0-9_]+', '_', name) or 'default'!r} would do."
+            f"dot), in their normal form; {re.sub(r'[^-A-Za-z0-9_]+', '_', plain) or 'default'!r} would do."
         )
     check_enabled(states, "adapt")
     for owner_name, state in states.items():
@@ -136,6 +144,23 @@ def _check_copies_act(module: nn.Module, module_name: str, tensor: str) -> None:
         f"{module_name or 'the model itself'} ({type(module).__name__}) {found} would have no effect: leave it out of "
         "modules_to_save and bias."
     )
+
+
+def _weight_problem(target: Target, trainable: bool) -> str | None:
+    """Why no update can be added to what a linear computes, whatever its forward."""
+    if 0 in (target.in_features, target.out_features):
+        return f"it has no {'outputs' if target.in_features else 'inputs'}"
+    weight = target.weight
+    if weight is None:
+        return None
+    if weight.layout != torch.strided:
+        return f"its weight is sparse ({weight.layout}); make it dense first (weight.to_dense())"
+    if weight.is_inference() and trainable:
+        return (
+            "its weight was made under torch.inference_mode, so that nothing can be trained through it; make the model "
+            "outside of it, or load the adapter for inference"
+        )
+    return None
 
 
 def _check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], implicit: bool) -> None:

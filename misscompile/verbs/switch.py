@@ -90,8 +90,16 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print PEFT's sentence: trainable and all parameters of `model`, in elements, and their ratio in percent."""
-    parameters = list(_module(model).parameters())
+    """Print PEFT's sentence: trainable and all parameters of `model`, in elements, and their ratio in percent.
+
+    Raises:
+        StateError: a parameter has no shape yet.
+    """
+    named = dict(_module(model).named_parameters())
+    lazy = next((name for name, parameter in named.items() if nn.parameter.is_lazy(parameter)), None)
+    if lazy is not None:
+        raise StateError(f"{lazy}: its shape is not known yet; run the model once on real input first.")
+    parameters = list(named.values())
     every = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     share = 100 * trained / every if every else 0.0
