@@ -107,13 +107,15 @@ def probe_opaque(owner: nn.Module, base_class: type[nn.Module], shape: Shape) ->
         for positions in ((2,), (2, 3)):  # some forwards take sequences alone
             try:
                 with prepare(base_class, owner) as module, torch.no_grad():
-                    x = torch.zeros(*positions, shape[0], dtype=dtype, device=like.device)
+                    x = torch.ones(*positions, shape[0], dtype=dtype, device=like.device)
                     call_opaque(functools.partial(base_class.forward, module), shape[1], x, (), {})
                     return None
             except UnsupportedModuleError as error:
                 return str(error)
             except Exception as error:  # noqa: BLE001 - it may call a kernel that knows no such tensors: the run will show
-                reason = f"its forward fails on {shape[0]} features ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+                reason = (
+                    f"its forward fails on {shape[0]} features ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+                )
     return reason if _is_plain(owner) else None
 
 
@@ -175,8 +177,8 @@ def _without_values(owner: nn.Module, shape: Shape) -> nn.Module:
             root.get_submodule(parent).add_module(last, nn.Module())
     if "weight" not in root._parameters and "parametrizations" in owner._modules:
         with torch.no_grad():
-            size = owner.weight.shape if parametrize.is_parametrized(owner, "weight") else reversed(shape)
-        root.weight = nn.Parameter(torch.empty(*size, device="meta"), requires_grad=False)
+            size: Any = owner.weight.shape if parametrize.is_parametrized(owner, "weight") else shape[::-1]
+        root.weight = nn.Parameter(torch.empty(size, device="meta"), requires_grad=False)
     return root
 
 

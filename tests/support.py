@@ -183,7 +183,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def _bytes(tensor: Tensor) -> bytes | None:
     if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
         return None
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().to_dense().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def snapshot(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:

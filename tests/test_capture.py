@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import fields, gradients, max_error, run
-from torch import Tensor, nn
+from support import fields, gradients, max_error, run, says
+from torch import Tensor, fx, nn
 from zoo import TwoLinears, normal, tiny_bert, tiny_llama, token_batch
 
 import misscompile as mc
@@ -267,6 +268,17 @@ def test_what_is_frozen_in_one_mode_refuses_the_other(training: bool) -> None:
         assert each.training is training
     plain = mc.adapt(torch.export.export(TwoLinears(), (X,)), fields())
     assert not plain.train().eval().training  # nothing in it depends on a mode
+
+
+@pytest.mark.parametrize("name", ["ﬁ", "Ａ"])
+def test_a_name_that_python_reads_as_another_is_told_by_capture_and_adapt(name: str) -> None:
+    model: Any = nn.Sequential(OrderedDict({name: nn.Linear(12, 8)}))
+    told = f"{name}...: Python reads this name as..., or adapt the model itself..."
+    for graph in (model, torch.export.export(model, (X,)), fx.symbolic_trace(model)):
+        with pytest.raises(mc.CaptureError) as caught:
+            mc.capture(model, (X,)) if graph is model else mc.adapt(graph, fields())
+        assert says(caught.value, told), caught.value
+    assert torch.equal(mc.adapt(copy.deepcopy(model), fields())(X), model(X))
 
 
 def test_one_mode_is_enough() -> None:

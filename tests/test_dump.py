@@ -173,6 +173,16 @@ def test_code_lists_each_distinct_scope_once_and_tells_why_it_is_opaque() -> Non
     assert "(miss_base_forward, 8, x, _args, _kwargs)" in "\n".join(parts[2])
 
 
+def test_names_that_look_like_markup_are_shown_as_they_are() -> None:
+    model = nn.ModuleDict({"[mask]": nn.Linear(12, 8), "[/mask]": nn.Linear(8, 12), "[red]": Router(12, 8)})
+    with pytest.warns(mc.MissWarning):
+        mc.adapt(model, fields())
+    shown = mc.dump(model)
+    assert [line.split()[0] for line in shown.splitlines()[2:4]] == ["[mask]", "[/mask]"]
+    assert "refused: [red] (Router)" in shown
+    assert "1 owner: [/mask]" in mc.dump(model, "code")
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_code_shows_what_runs_now(captured: bool) -> None:
     model = mc.adapt(mc.capture(TwoLinears(), (torch.ones(3, 12),)) if captured else TwoLinears(), fields())

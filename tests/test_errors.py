@@ -10,6 +10,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,12 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 from support import Trap, base_weight, fill_blocks, reference_delta, says, snapshot, stable_id
 from torch import Tensor, nn
+<<<<<<< HEAD
 from transformers import MixtralConfig, MixtralForCausalLM
+=======
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+>>>>>>> 9d35674 (Tests of what modules, names and threads may do, and that nothing grows)
 from zoo import seeded, tiny_bert
 
 import misscompile as mc
@@ -150,6 +156,51 @@ class TwoInputs(nn.Linear):
         return F.linear(x, self.weight, self.bias) + shift
 
 
+class Turned(nn.Module):
+    """A parametrization that turns the shape of a weight round."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+
+def turned() -> nn.Module:
+    model = nn.Sequential(OrderedDict(turned=nn.Linear(4, 6, bias=False), plain=nn.Linear(4, 6)))
+    parametrize.register_parametrization(model.get_submodule("turned"), "weight", Turned(), unsafe=True)
+    return model
+
+
+class GroupedRows(nn.Linear):
+    """As the grouped linear of DeepSeek-V4: each of 8 groups has features and a weight of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.view(8, -1, x.shape[-1]).transpose(1, 2)
+        y = torch.bmm(x.reshape(-1, 8, x.shape[-1]).transpose(0, 1), weight).transpose(0, 1)
+        return y.reshape(*x.shape[:-2], 8, -1)
+
+
+class Sequences(nn.Linear):
+    """Takes nothing but sequences, and looks at values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        return F.linear(x, self.weight, self.bias) if x.max().item() < 1e9 else x.new_zeros(batch, length, 4)
+
+
+def sparse() -> nn.Module:
+    model = chain(nn.Linear)()
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse_csr(), requires_grad=False)  # type: ignore[index]
+    return model
+
+
+def scripted() -> nn.Module:
+    return nn.Sequential(torch.jit.script(nn.Linear(6, 4)), nn.Linear(4, 6))
+
+
+def in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return chain(nn.Linear)()
+
+
 class Answering(nn.Linear):
     """Has whatever attribute is asked for."""
 
@@ -205,6 +256,21 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "grouped": chain(Grouped),
     "narrow": chain(Narrow, keep=2),
     "answering": chain(Answering),
+<<<<<<< HEAD
+=======
+    "turned": turned,
+    "grouped rows": lambda: nn.Sequential(GroupedRows(6, 24, bias=False), nn.Linear(24, 6)),
+    "no outputs": lambda: nn.Sequential(nn.Linear(6, 0), nn.Linear(6, 4)),
+    "no inputs": lambda: nn.Sequential(nn.Linear(0, 6), nn.Linear(6, 4)),
+    "sparse": sparse,
+    "scripted": scripted,
+    "scripted whole": lambda: torch.jit.script(nn.Linear(6, 4)),
+    "made under inference_mode": in_inference_mode,
+    "adapted chain": lambda: mc.adapt(chain(nn.Linear)(), ALL),
+    "adapted chain of bat": lambda: mc.adapt(chain(nn.Linear)(), ALL | {"init_weights": "bat", "miss_dropout": 0.1}),
+    "adapted chain of mini": lambda: mc.adapt(chain(nn.Linear)(), ALL | {"init_weights": "mini"}),
+    "Mamba": seeded(lambda: MambaForCausalLM(MambaConfig(**MAMBA))),
+>>>>>>> 9d35674 (Tests of what modules, names and threads may do, and that nothing grows)
     "Mixtral": seeded(lambda: MixtralForCausalLM(MixtralConfig(**MIXTRAL))),
     "BERT": tiny_bert,
 }
@@ -226,6 +292,21 @@ REFUSED: dict[str, tuple[str, str, str, list[str]]] = {
     "tuple": ("tuple", "0", "found a tuple", ["1"]),
     "grouped": ("grouped", "0", "its forward is not a function of one input", ["1"]),
     "narrow": ("narrow", "0", "last dimension is 4, found a tensor of shape (2, 2)", ["1"]),
+<<<<<<< HEAD
+=======
+    "turned": ("turned", "turned", "its forward fails on 4 features (RuntimeError: mat1 and mat2 shapes", ["plain"]),
+    "grouped rows": ("grouped rows", "0", "its forward fails on 6 features (RuntimeError: shape '[-1, 8, 6]'", ["1"]),
+    "no outputs": ("no outputs", "0", "it has no outputs", ["1"]),
+    "no inputs": ("no inputs", "0", "it has no inputs", ["1"]),
+    "sparse": ("sparse", "0", "its weight is sparse (torch.sparse_csr); make it dense first", ["1"]),
+    "scripted": ("scripted", "0", "it is compiled by TorchScript; adapt the module before scripting it", ["1"]),
+    "time step": (
+        "Mamba",
+        f"{MIXER}.dt_proj",
+        f"MambaMixer {BYPASSED}",
+        [f"{MIXER}.{name}_proj" for name in ("in", "x", "out")],
+    ),
+>>>>>>> 9d35674 (Tests of what modules, names and threads may do, and that nothing grows)
     "fused experts": (
         "Mixtral",
         "model.layers.0.mlp.experts",
@@ -272,6 +353,8 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "merge": mc.merge,
     "merge and keep": lambda model, names: mc.merge(model, names, keep_adapters=True),
     "dump as": lambda model, value: mc.dump(model, format=value),
+    "save_as_lora": mc.save_as_lora,
+    "per-sample gradients": lambda model, x: call_for_per_sample_grads(model)(x),
 }
 
 CONFIG = "config: expected a misscompile.MissConfig, a peft.MissConfig or a dict, found"
@@ -315,6 +398,8 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, ...]]] = 
         ("a.b", f"adapter_name='a.b': {BAD_NAME}..."),
         (".", "...'_' would do."),
         ("v1.0", "...'v1_0' would do."),
+        ("ﬁne", "adapter_name='ﬁne': ...in their normal form; 'fine' would do."),
+        ("Ａ", "...'A' would do."),
     ],
     ("a name in use", "adapt as first", mc.StateError, "adapted"): [
         (ALL, "adapter_name='first' is in use (layers.0.q_proj): choose another name, ...delete_adapter(model, 'first')..."),
@@ -402,6 +487,31 @@ TABLE: dict[tuple[str, str, type[BaseException], str], list[tuple[Any, ...]]] = 
         ("scaled", named("0", init_weights="bat"), f"...0 (Scaled)...self.scale...{NEEDS_WEIGHT}..."),
         ("with a buffer", named("head"), f"...head (Linear): {HAS_BLOCK}..."),  # of the block's name
         ("answering", named("0"), f"...0 (Answering): {HAS_BLOCK}..."),  # the class makes up that name
+    ],
+    ("made under inference_mode", "adapt", mc.NoMatchError, "made under inference_mode"): [
+        (ALL | {"init_weights": start}, "...0 (Linear): its weight was made under torch.inference_mode, so that nothing...")
+        for start in (True, "mini", "bat")
+    ],
+    ("all of it is compiled", "call", mc.ArgumentError, "scripted whole"): [
+        (verb, "model: it is a TorchScript module, whose code is compiled; adapt the module before scripting it.")
+        for verb in ("adapt", "load_adapter", "merge")
+    ],
+    ("no shape yet", "call", mc.StateError, "lazy"): [
+        ("print_trainable_parameters", "1.weight: its shape is not known yet; run the model once on real input first.")
+    ],
+    ("no path", "save_as_lora", mc.ArgumentError, "adapted linear"): [
+        (value, f"out: expected a path, found {type(value).__name__}.") for value in (5, None, ["lora"])
+    ],
+    (
+        "expanded weights",
+        "per-sample gradients",
+        mc.ArgumentError,
+        "adapted chain, adapted chain of mini, adapted chain of bat",
+    ): [
+        (
+            torch.ones(2, 6),
+            "call_for_per_sample_grads: its expanded weights cannot follow...torch.func.vmap(torch.func.grad...",
+        )
     ],
     # a wrong state
     ("before unmerge", "adapt as second", mc.StateError, "merged"): [
@@ -661,6 +771,38 @@ def test_an_attribute_that_a_forward_reads_off_its_class_is_not_frozen_either() 
     x = torch.randn(3, 6)
     model[0].scale = 3.0
     torch.testing.assert_close(model[0](x), 3 * F.linear(x, base_weight(model[0]), model[0].bias), rtol=0, atol=1e-6)
+
+
+def test_a_linear_that_takes_sequences_alone_and_looks_at_values_is_adapted() -> None:
+    model: Any = fill_blocks(mc.adapt(chain(Sequences)(), ALL))
+    x = torch.randn(2, 3, 6)
+    y = F.linear(x, model[0].weight, model[0].bias) + x @ reference_delta(True, *block_and_weight(model[0])).T.float()
+    torch.testing.assert_close(model[0](x), y, rtol=0, atol=1e-6)
+
+
+def block_and_weight(owner: nn.Module) -> tuple[Tensor, Tensor]:
+    return owner.get_parameter("miss_block_default"), owner.get_parameter("weight")
+
+
+def test_what_is_made_under_inference_mode_serves_and_what_is_adapted_there_trains(tmp_path: Path) -> None:
+    trained = fill_blocks(mc.adapt(chain(nn.Linear)(), ALL))
+    mc.save_adapter(trained, tmp_path)
+    x, model, ours = torch.ones(2, 6), in_inference_mode(), chain(nn.Linear)()
+    with torch.inference_mode():
+        model.load_state_dict({name: value for name, value in trained.state_dict().items() if "miss" not in name})
+    mc.load_adapter(model, tmp_path)
+    assert torch.equal(model(x), trained(x))
+    with pytest.raises(mc.MergeError, match=r"0: its weight was made under torch\.inference_mode; call merge inside of it"):
+        mc.merge(model)
+    with torch.inference_mode():
+        base = copy.deepcopy(model[0].weight)  # type: ignore[index]
+        mc.unmerge(mc.merge(model, keep_adapters=True))
+        assert torch.equal(model[0].weight, base)  # type: ignore[index]
+        torch.testing.assert_close(mc.merge(model)(x), trained(x), rtol=0, atol=1e-6)
+        ours = mc.load_adapter(mc.adapt(ours, ALL), tmp_path, "loaded", is_trainable=True)
+    mc.set_adapter(ours, ["default", "loaded"])
+    ours(x).sum().backward()
+    assert all(parameter.grad is not None for _, parameter in mc.trainable_parameters(ours))
 
 
 def test_all_linear_leaves_the_head_of_a_classifier_out() -> None:

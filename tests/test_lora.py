@@ -49,6 +49,14 @@ def delta_of(model: nn.Module, name: str, init_weights: Any) -> Tensor:
     return reference_delta(init_weights, owner.get_parameter("miss_block_default"), matrix_of(owner))
 
 
+def test_a_folder_without_a_block_is_refused(tmp_path: Path) -> None:
+    mc.save_adapter(adapted_linears(), tmp_path / "adapter")
+    save_file({}, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(mc.CheckpointError, match=r"adapter: its adapter_model\.safetensors has no block"):
+        mc.save_as_lora(tmp_path / "adapter", tmp_path / "out", base_model=two_linears())
+    assert not (tmp_path / "out").exists()
+
+
 # Exact
 
 

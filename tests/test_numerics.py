@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+<<<<<<< HEAD
 from support import base_weight, differentiable_delta, fields, max_error, reference_delta, rms_error
+=======
+from support import VARIANTS, adapted, differentiable_delta, fields, max_error, reference_delta, rms_error
+>>>>>>> 9d35674 (Tests of what modules, names and threads may do, and that nothing grows)
 from torch import Tensor, nn
-from zoo import TwoLinears
+from zoo import TwoLinears, normal, two_linears
 
 import misscompile as mc
 
@@ -212,3 +216,19 @@ def test_dtypes_of_blocks_and_outputs(
     after.float().sum().backward()
     assert [block.dtype for block in blocks] == [expected, expected]
     assert all(p.grad is not None and p.grad.dtype == expected and p.grad.abs().max() > 0 for p in blocks)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_batched_gradients_are_those_of_each_alone(init_weights: Any, dropout: float) -> None:
+    """As of `torch.autograd.functional.jacobian(vectorize=True)`."""
+    model = adapted(two_linears(), init_weights, miss_dropout=dropout).double().train()
+    x = normal(3, 12, dtype=torch.float64).requires_grad_()
+    y, upstream = model(x), normal(5, 3, 20, dtype=torch.float64)
+    wanted = [x, *(parameter for _, parameter in mc.trainable_parameters(model))]
+    alone = [torch.autograd.grad(y, wanted, g, retain_graph=True) for g in upstream]
+    together = torch.autograd.grad(y, wanted, upstream, retain_graph=True, is_grads_batched=True)
+    mapped = torch.func.vmap(lambda g: torch.autograd.grad(y, wanted, g, retain_graph=True))(upstream)
+    for index, expected in enumerate(map(torch.stack, zip(*alone, strict=True))):
+        assert max_error(together[index], expected) < 1e-12
+        assert max_error(mapped[index], expected) < 1e-12

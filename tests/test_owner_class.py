@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import gc
 import inspect
@@ -12,7 +13,7 @@ import traceback
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
@@ -98,6 +99,39 @@ def test_name_module_and_bases_are_those_of_the_base_class(make: Callable[[], nn
     assert kind.__bases__ == (base,)
     assert (kind.__name__, kind.__qualname__, kind.__module__) == (base.__name__, base.__qualname__, base.__module__)
     assert "forward" not in vars(owner)
+
+
+Kind = TypeVar("Kind")
+
+
+class FromAbc(abc.ABC, nn.Linear):
+    """As the linears of optimum-quanto: its first base lays instances out in another way than `nn.Module`."""
+
+
+class Mixed(FromAbc):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class FromGeneric(Generic[Kind], nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("init_weights", VARIANTS)
+@pytest.mark.parametrize("kind", [FromAbc, Mixed, FromGeneric])
+def test_a_linear_whose_first_base_is_no_module_is_adapted_copied_and_unloaded(kind: Any, init_weights: Any) -> None:
+    model = nn.Sequential(kind(12, 8).double())
+    x, base = X.double(), model(X.double())
+    fill_blocks(mc.adapt(model, UP | {"target_modules": ["0"], "init_weights": init_weights}), std=0.3)
+    delta = reference_delta(init_weights, model[0].miss_block_default, model[0].weight)
+    expected = base + x @ delta.t() * (2 if kind is Mixed else 1)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(each[0], kind)
+        assert max_error(each(x), expected) < 1e-12
+        with mc.disable_adapter(each):
+            assert torch.equal(each(x), base)
+        assert torch.equal(mc.unload(each)(x), base)
+        assert type(each[0]) is kind
 
 
 def test_states_seen_before_are_given_the_same_class_again() -> None:

@@ -566,6 +566,21 @@ def test_strict_still_finds_what_is_missing_or_too_much(subject: Subject) -> Non
         model.load_state_dict(values | {"up.miss_block_a0": torch.ones(4, 8)})
 
 
+@pytest.mark.parametrize("lacks", ["up.miss_block_a0", "down.miss_block_a0", "up.miss_block_a1"])
+@pytest.mark.parametrize("save", [dict, lambda values: values])
+def test_a_strict_load_of_an_adapted_checkpoint_tells_a_missing_block(subject: Subject, save: Any, lacks: str) -> None:
+    """Also where the dict has come without the metadata that torch puts on it, as from a file of safetensors."""
+    model = subject.adapted(True, "mini")
+    values = copy.deepcopy(save(model.state_dict()))
+    del values[lacks]
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{lacks}"\.'):
+        model.load_state_dict(values)
+    result = model.load_state_dict(values, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == ([lacks], [])
+    first = {name: value for name, value in values.items() if not name.endswith("a1")}
+    assert set(model.load_state_dict(first, strict=False).missing_keys) >= {"up.miss_block_a1", "down.miss_block_a1"}
+
+
 @every_variant
 def test_the_dtype_may_change(subject: Subject, variant: Any) -> None:
     """Each call takes the form that its dtype needs when it runs, so that no code changes."""

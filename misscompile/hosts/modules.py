@@ -88,7 +88,9 @@ class ModuleHost(Host):
         self._looked_at.add(owner)
         name, shape = self.canonical[owner], linear_shape(owner)
         if isinstance(owner, torch.jit.ScriptModule):
-            return [Refusal(name, type(owner).__name__, "it is compiled by TorchScript; adapt the module before scripting it")]
+            return [
+                Refusal(name, type(owner).__name__, "it is compiled by TorchScript; adapt the module before scripting it")
+            ]
         if shape is None:
             inside = [f"{name}.{child}" for child, module in owner.named_modules() if child and _is_linear(module)]
             hint = f" (the linears inside: {', '.join(inside[:_SHOWN])})" if inside else ""

@@ -55,7 +55,9 @@ def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] |
         for name in names:
             base = base_tensor(owner, name)
             value = base if values is None else values[owner][name]
-            copied = value.detach().to(device=base.device, dtype=base.dtype, copy=copy or value is base or value.is_inference())
+            copied = value.detach().to(
+                device=base.device, dtype=base.dtype, copy=copy or value is base or value.is_inference()
+            )
             if isinstance(base, nn.Parameter):
                 copied = nn.Parameter(copied, plan.adapter.trainable and copied.is_floating_point())
             plan.copies.setdefault(owner, {})[name] = copied

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import linecache
 import unicodedata
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch.fx import graph_module
+from torch.fx.graph import PythonCode
 
 from misscompile.errors import ArgumentError, CaptureError, StateError
 from misscompile.passes.find_sites import find_sites, sites_by_name
@@ -71,6 +75,16 @@ class WholeGraph(fx.GraphModule):
         for module in self.modules():
             module.training = bool(mode)
         return self
+
+    def recompile(self) -> PythonCode:
+        """As `GraphModule.recompile`; the source that torch.fx keeps of each forward for ever goes with the forward."""
+        code = super().recompile()
+        forward: Any = vars(type(self))["forward"]
+        filename, sources = forward.__code__.co_filename, graph_module._loader.eval_cache
+        if filename in sources:
+            weakref.finalize(forward, linecache.cache.pop, filename, None)
+            weakref.finalize(forward, sources.pop, filename, None)
+        return code
 
     @property
     def name_or_path(self) -> str | None:
@@ -150,8 +164,8 @@ def inline_graph(module: fx.GraphModule) -> None:
         name = str(node.target)
         if node.op in ("get_attr", "call_module") and (read := unicodedata.normalize("NFKC", name)) != name:
             raise CaptureError(
-                f"{name}: Python reads this name as {read!r} in the generated code of a graph, which would not find it. Rename "
-                "that module or parameter, or adapt the module itself: misscompile.adapt(model, config) needs no graph."
+                f"{name}: Python reads this name as {read!r} in the generated code of a graph, which would not find it. "
+                "Rename that module or parameter, or adapt the model itself: misscompile.adapt needs no graph."
             )
     run_passes(CAPTURE, Scope(module, module.graph, "whole graph"))
     module.delete_all_unused_submodules()

@@ -87,8 +87,8 @@ def check_blocks(*blocks: Tensor) -> None:
     """
     if not torch.compiler.is_compiling() and any(type(block).__name__ == "ExpandedWeight" for block in blocks):
         raise ArgumentError(
-            "call_for_per_sample_grads: its expanded weights cannot follow the update of an adapter. Take gradients for each "
-            "sample by torch.func.vmap(torch.func.grad(...)) over torch.func.functional_call(model, ...)."
+            "call_for_per_sample_grads: its expanded weights cannot follow the update of an adapter. Take the gradients of "
+            "each sample by torch.func.vmap(torch.func.grad(...)) over torch.func.functional_call(model, ...)."
         )
 
 
@@ -113,7 +113,7 @@ def default_generator(device: torch.device) -> torch.Generator:
 def outside_vmap() -> AbstractContextManager[None]:
     """A context in which no `vmap` that runs sees what is called, neither that of `torch.func` nor that of autograd."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)
-    keys = keys.add(torch._C._parse_dispatch_key("VmapMode"))  # of which the enum has no member
+    keys = keys.add("VmapMode")  # of which the enum has no member
     guard: AbstractContextManager[None] = torch._C._ExcludeDispatchKeyGuard(keys)
     return guard
 

@@ -136,7 +136,7 @@ def base_tensor(owner: nn.Module, name: str) -> Tensor:
 
 
 def tensor_version(tensor: Tensor) -> tuple[int, int]:
-    """`(id, _version)`, which changes with every in-place write that autograd knows of; of an inference tensor it knows of none."""
+    """`(id, _version)`, which changes with every in-place write that autograd knows of: none of an inference tensor."""
     return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 

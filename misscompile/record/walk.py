@@ -19,7 +19,9 @@ def unwrap_model(model: object) -> nn.Module:
         hint = " (adapt and load_adapter make a module of it)" if isinstance(model, torch.export.ExportedProgram) else ""
         raise ArgumentError(f"model: expected a torch.nn.Module, found {type(model).__name__}{hint}.")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ArgumentError("model: it is a TorchScript module, whose code is compiled; adapt the module before scripting it.")
+        raise ArgumentError(
+            "model: it is a TorchScript module, whose code is compiled; adapt the module before scripting it."
+        )
     wrapped: Any = model
     while True:
         inner = wrapped._modules.get("_orig_mod")

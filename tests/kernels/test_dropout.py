@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -78,6 +79,63 @@ def test_backward_later_and_in_another_order() -> None:
     for y, leaf in ((second, z), (first, x), (first, x)):
         (gradient,) = torch.autograd.grad(y.sum(), leaf, retain_graph=True)
         assert torch.equal(gradient != 0, y != 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_threads_that_draw_at_any_moment_disturb_no_gradient() -> None:
+    wrong: list[int] = []
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.is_set():
+            torch.rand(7)
+
+    def train(number: int) -> None:
+        x = torch.ones(400, 12, requires_grad=True)
+        for _ in range(400):
+            y = dropout(x, 0.5, True)
+            (gradient,) = torch.autograd.grad(y.sum(), x)
+            wrong.extend([number] * (not torch.equal(gradient, y.detach())))
+
+    drawing = threading.Thread(target=draw)
+    training = [threading.Thread(target=train, args=(number,)) for number in range(2)]
+    for thread in (drawing, *training):
+        thread.start()
+    for thread in training:
+        thread.join()
+    done.set()
+    drawing.join()
+    assert wrong == []
+
+
+def test_threads_draw_masks_of_their_own() -> None:
+    masks: list[Tensor] = []
+    x = torch.ones(100, 12, requires_grad=True)
+
+    def draw() -> None:
+        masks.extend(dropout(x, 0.5, True).detach() for _ in range(200))
+
+    threads = [threading.Thread(target=draw) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({mask.numpy().tobytes() for mask in masks}) == 400
+
+
+@pytest.mark.parametrize(
+    "batched",
+    [
+        lambda y, x, g: torch.autograd.grad(y, x, g, True, is_grads_batched=True)[0],
+        lambda y, x, g: torch.func.vmap(lambda g: torch.autograd.grad(y, x, g, True)[0])(g),
+    ],
+)
+def test_batched_gradients_find_the_mask_of_the_forward(batched: Any) -> None:
+    x = sample(5, 4)
+    y, upstream = dropout(x, 0.5, True), torch.randn(3, 5, 4)
+    before = torch.get_rng_state()
+    expected = torch.stack([torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in upstream])
+    assert torch.equal(batched(y, x, upstream), expected)
     assert torch.equal(torch.get_rng_state(), before)
 
 

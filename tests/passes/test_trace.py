@@ -118,6 +118,17 @@ class Forwards:
             raise ValueError
         return F.linear(x, self.weight), self.bias
 
+    def tuple_for_some(self: Any, x: Tensor) -> Any:
+        y = F.linear(x, self.weight)
+        return (y, y) if x.sum() < 0 else y
+
+    def turned_round(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.t()) * self.scale  # type: ignore[no-any-return]
+
+    def sequences_alone(self: Any, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        return F.linear(x.view(batch * length, width), self.weight).view(batch, length, 8) * float(x.max())
+
     def grouped(self: Any, x: Tensor) -> Tensor:
         return (x * self.weight[0]).unflatten(-1, (int(x.shape[-1] / 3), 3))  # type: ignore[no-any-return]
 
@@ -437,7 +448,10 @@ def test_what_a_forward_writes_is_written_by_calls_and_by_nothing_else(name: str
     [
         ("reads_attribute", None),
         ("looks_at_values", None),
-        ("returns_tuple", None),
+        ("returns_tuple", r"found a tuple: exclude it"),
+        ("tuple_for_some", None),
+        ("turned_round", r"its forward fails on 12 features \(RuntimeError: mat1 and mat2 shapes"),
+        ("sequences_alone", None),
         ("grouped", r"tensor whose last dimension is 8, found a tensor of shape \(2, 4, 3\): exclude it"),
         ("two_inputs", r"its forward is not a function of one input \(missing a required argument: 'index'\)"),
     ],
@@ -466,9 +480,9 @@ def test_a_router_that_returns_a_tuple_is_refused_by_name_and_skipped_by_all_lin
 
 
 def test_an_output_that_only_the_run_shows_to_be_no_linear_s() -> None:
-    text = "an adapted returns_tuple should .* last dimension is 8, found a tuple: exclude it from target_modules"
+    text = "an adapted tuple_for_some should .* last dimension is 8, found a tuple: exclude it from target_modules"
     with pytest.raises(mc.UnsupportedModuleError, match=text):
-        adapt(make("returns_tuple"))(X.abs())
+        adapt(make("tuple_for_some"))(-X.abs())
 
 
 def test_what_an_opaque_call_may_return() -> None:
