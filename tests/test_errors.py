@@ -9,6 +9,7 @@ import copy
 import itertools
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,8 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 from support import Trap, base_weight, fill_blocks, reference_delta, says, snapshot, stable_id
 from torch import Tensor, nn
-<<<<<<< HEAD
-from transformers import MixtralConfig, MixtralForCausalLM
-=======
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
-from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
->>>>>>> 9d35674 (Tests of what modules, names and threads may do, and that nothing grows)
+from transformers import MixtralConfig, MixtralForCausalLM
 from zoo import seeded, tiny_bert
 
 import misscompile as mc
@@ -256,8 +253,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "grouped": chain(Grouped),
     "narrow": chain(Narrow, keep=2),
     "answering": chain(Answering),
-<<<<<<< HEAD
-=======
     "turned": turned,
     "grouped rows": lambda: nn.Sequential(GroupedRows(6, 24, bias=False), nn.Linear(24, 6)),
     "no outputs": lambda: nn.Sequential(nn.Linear(6, 0), nn.Linear(6, 4)),
@@ -269,8 +264,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "adapted chain": lambda: mc.adapt(chain(nn.Linear)(), ALL),
     "adapted chain of bat": lambda: mc.adapt(chain(nn.Linear)(), ALL | {"init_weights": "bat", "miss_dropout": 0.1}),
     "adapted chain of mini": lambda: mc.adapt(chain(nn.Linear)(), ALL | {"init_weights": "mini"}),
-    "Mamba": seeded(lambda: MambaForCausalLM(MambaConfig(**MAMBA))),
->>>>>>> 9d35674 (Tests of what modules, names and threads may do, and that nothing grows)
     "Mixtral": seeded(lambda: MixtralForCausalLM(MixtralConfig(**MIXTRAL))),
     "BERT": tiny_bert,
 }
@@ -292,21 +285,12 @@ REFUSED: dict[str, tuple[str, str, str, list[str]]] = {
     "tuple": ("tuple", "0", "found a tuple", ["1"]),
     "grouped": ("grouped", "0", "its forward is not a function of one input", ["1"]),
     "narrow": ("narrow", "0", "last dimension is 4, found a tensor of shape (2, 2)", ["1"]),
-<<<<<<< HEAD
-=======
     "turned": ("turned", "turned", "its forward fails on 4 features (RuntimeError: mat1 and mat2 shapes", ["plain"]),
     "grouped rows": ("grouped rows", "0", "its forward fails on 6 features (RuntimeError: shape '[-1, 8, 6]'", ["1"]),
     "no outputs": ("no outputs", "0", "it has no outputs", ["1"]),
     "no inputs": ("no inputs", "0", "it has no inputs", ["1"]),
     "sparse": ("sparse", "0", "its weight is sparse (torch.sparse_csr); make it dense first", ["1"]),
     "scripted": ("scripted", "0", "it is compiled by TorchScript; adapt the module before scripting it", ["1"]),
-    "time step": (
-        "Mamba",
-        f"{MIXER}.dt_proj",
-        f"MambaMixer {BYPASSED}",
-        [f"{MIXER}.{name}_proj" for name in ("in", "x", "out")],
-    ),
->>>>>>> 9d35674 (Tests of what modules, names and threads may do, and that nothing grows)
     "fused experts": (
         "Mixtral",
         "model.layers.0.mlp.experts",
@@ -776,12 +760,9 @@ def test_an_attribute_that_a_forward_reads_off_its_class_is_not_frozen_either() 
 def test_a_linear_that_takes_sequences_alone_and_looks_at_values_is_adapted() -> None:
     model: Any = fill_blocks(mc.adapt(chain(Sequences)(), ALL))
     x = torch.randn(2, 3, 6)
-    y = F.linear(x, model[0].weight, model[0].bias) + x @ reference_delta(True, *block_and_weight(model[0])).T.float()
+    y = F.linear(x, base_weight(model[0]), model[0].bias)
+    y = y + x @ reference_delta(True, model[0].miss_block_default, base_weight(model[0])).T.float()
     torch.testing.assert_close(model[0](x), y, rtol=0, atol=1e-6)
-
-
-def block_and_weight(owner: nn.Module) -> tuple[Tensor, Tensor]:
-    return owner.get_parameter("miss_block_default"), owner.get_parameter("weight")
 
 
 def test_what_is_made_under_inference_mode_serves_and_what_is_adapted_there_trains(tmp_path: Path) -> None:

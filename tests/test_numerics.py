@@ -10,11 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-<<<<<<< HEAD
-from support import base_weight, differentiable_delta, fields, max_error, reference_delta, rms_error
-=======
-from support import VARIANTS, adapted, differentiable_delta, fields, max_error, reference_delta, rms_error
->>>>>>> 9d35674 (Tests of what modules, names and threads may do, and that nothing grows)
+from support import VARIANTS, adapted, base_weight, differentiable_delta, fields, max_error, reference_delta, rms_error
 from torch import Tensor, nn
 from zoo import TwoLinears, normal, two_linears
 

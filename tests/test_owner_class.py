@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
-from support import VARIANTS, adapted, fill_blocks, max_error, reference_delta, snapshot
+from support import VARIANTS, adapted, base_weight, fill_blocks, max_error, reference_delta, snapshot
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 from zoo import TwoLinears, normal
@@ -123,7 +123,7 @@ def test_a_linear_whose_first_base_is_no_module_is_adapted_copied_and_unloaded(k
     model = nn.Sequential(kind(12, 8).double())
     x, base = X.double(), model(X.double())
     fill_blocks(mc.adapt(model, UP | {"target_modules": ["0"], "init_weights": init_weights}), std=0.3)
-    delta = reference_delta(init_weights, model[0].miss_block_default, model[0].weight)
+    delta = reference_delta(init_weights, model[0].miss_block_default, base_weight(model[0]))
     expected = base + x @ delta.t() * (2 if kind is Mixed else 1)
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(each[0], kind)

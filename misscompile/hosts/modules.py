@@ -47,7 +47,11 @@ class ModuleHost(Host):
         return [name for name in self.modules if name or linear_shape(self.root) is not None]
 
     def linear_names(self) -> list[str]:
-        return [name for name, module in self.modules.items() if _is_linear(module) and module not in self._tied]
+        return [
+            name
+            for name, module in self.modules.items()
+            if module not in self._tied and (_is_linear(module) or _is_scripted_linear(module))
+        ]
 
     def output_names(self) -> set[str]:
         return output_embedding_names(self.root)
@@ -236,9 +240,13 @@ def refusal_notes(what: str, refusals: Sequence[Refusal]) -> list[str]:
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
-    script = isinstance(module, torch.jit.ScriptModule)  # which is refused, and told
-    named_linear = script or "linear" in type(module).__name__.lower() or "nf" in vars(module)
+    named_linear = "linear" in type(module).__name__.lower() or "nf" in vars(module)
     return named_linear and linear_shape(module) is not None
+
+
+def _is_scripted_linear(module: nn.Module) -> bool:
+    """Whether TorchScript made a module of a linear: it is refused, and told."""
+    return isinstance(module, torch.jit.ScriptModule) and linear_shape(module) is not None
 
 
 def _has_attribute(module: nn.Module, name: str) -> bool:
