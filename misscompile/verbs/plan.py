@@ -47,9 +47,8 @@ def make_plan(
     looked = [found for name in selection.chosen for found in host.look(name, blocks[name])]
     targets = [found for found in looked if isinstance(found, Target)]
     refusals = [*refusals, *(found for found in looked if isinstance(found, Refusal))]
-    idle = {target.name: problem for target in targets if (problem := _weight_problem(target, trainable)) is not None}
-    refusals += [Refusal(t.name, type(t.owner).__name__, idle[t.name]) for t in targets if t.name in idle]
-    targets = [target for target in targets if target.name not in idle]
+    idle = {t.name: Refusal(t.name, type(t.owner).__name__, why) for t in targets if (why := _weight_problem(t, trainable))}
+    targets, refusals = [target for target in targets if target.name not in idle], [*refusals, *idle.values()]
     _check_refusals(refusals, targets, implicit)
     targets, misfits = _fitting(targets, config, implicit)
     refusals += misfits
