@@ -22,6 +22,7 @@ from misscompile.variants import VARIANTS
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@torch.inference_mode(False)  # a tensor that is made in it can never be trained
 def create_blocks(
     plan: Plan, autocast_adapter_dtype: bool, values: Mapping[str, Tensor] | None = None, copy: bool = True
 ) -> None:
@@ -43,6 +44,7 @@ def create_blocks(
         plan.parameters[target.name] = by_weight[target.shared_by]
 
 
+@torch.inference_mode(False)
 def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] | None = None, copy: bool = True) -> None:
     """Fill `plan.copies`: a copy of every tensor that the adapter trains in full, in the dtype and place of the base's.
 
