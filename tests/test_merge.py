@@ -33,7 +33,7 @@ from zoo import TwoLinears
 import misscompile as mc
 from misscompile.errors import MergeError
 from misscompile.hosts import base
-from misscompile.kernels import fold_in_place
+from misscompile.kernels import device, fold_in_place
 
 IN, OUT = 12, 20
 
@@ -330,9 +330,11 @@ class _RunsOut(TorchDispatchMode):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("init_weights", VARIANTS)
+@pytest.mark.parametrize("parts", [1, 5])
 def test_memory_that_runs_out_leaves_the_weight_whole(
-    init_weights: Any, dtype: torch.dtype, turned: bool, keep_adapters: bool
+    parts: int, init_weights: Any, dtype: torch.dtype, turned: bool, keep_adapters: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(device, "CACHED", IN * OUT // parts)
     owner = (Conv1D(OUT, IN) if turned else nn.Linear(IN, OUT)).to(dtype)
     nn.init.normal_(owner.weight)
     model = adapted(nn.Sequential(owner), init_weights, target_modules=["0"])
