@@ -201,6 +201,13 @@ def snapshot(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     }
 
 
+def picture(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """`snapshot`, and what else the modules hold: the adapters' records too."""
+    apart = ("_parameters", "_buffers", "_modules")
+    held = [repr({key: value for key, value in vars(m).items() if key not in apart}) for m in model.modules()]
+    return snapshot(model, *args, **kwargs) | {"held": held}
+
+
 def trace_forward_code(model: nn.Module, x: Tensor) -> fx.GraphModule:
     """By `torch.fx.symbolic_trace`: torch functions, tensor methods and `call_module` nodes."""
     return fx.symbolic_trace(model)

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
-from support import Trap, base_weight, fill_blocks, reference_delta, says, snapshot, stable_id
+from support import Trap, base_weight, fill_blocks, picture, reference_delta, says, stable_id
 from torch import Tensor, nn
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -568,13 +568,6 @@ def input_of(model: nn.Module) -> tuple[Tensor, ...]:
     return (TOKENS,) if isinstance(model, Net) else ()
 
 
-def picture(model: nn.Module, *inputs: Tensor) -> Any:
-    """Whatever an error must leave alone, and what else the modules hold: the adapters' records too."""
-    apart = ("_parameters", "_buffers", "_modules")
-    held = [repr({key: value for key, value in vars(m).items() if key not in apart}) for m in model.modules()]
-    return snapshot(model, *inputs) | {"held": held}
-
-
 @pytest.mark.parametrize(("model", "call", "argument", "kind", "told"), list(rows()))
 def test_a_refusal_tells_what_would_do_and_changes_nothing(
     model: str, call: str, argument: Any, kind: type[BaseException], told: str
@@ -789,7 +782,7 @@ def test_what_is_made_under_inference_mode_serves_and_what_is_adapted_there_trai
 def test_all_linear_leaves_the_head_of_a_classifier_out() -> None:
     model = mc.adapt(tiny_bert(), ALL | {"task_type": "SEQ_CLS"})
     in_full = [name for name, _ in mc.trainable_parameters(model) if "miss_block" not in name]
-    assert in_full == ["classifier.miss_copy_default_weight", "classifier.miss_copy_default_bias"]
+    assert in_full == ["classifier.miss_copy_default:weight", "classifier.miss_copy_default:bias"]
     assert "classifier" not in adapted_names(model)
 
 

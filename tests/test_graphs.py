@@ -126,11 +126,11 @@ def test_a_sequence_classifier_trains_its_head_without_being_told(tmp_path: Path
     config = fields(task_type="SEQ_CLS", target_modules=["query", "value"])
     trained, module = mc.adapt(graph, config), mc.adapt(copy.deepcopy(model), config)
     names = {name for name, _ in mc.trainable_parameters(trained)}
-    assert {"classifier.miss_copy_default_weight", "classifier.miss_copy_default_bias"} <= names
+    assert {"classifier.miss_copy_default:weight", "classifier.miss_copy_default:bias"} <= names
     assert names == {name for name, _ in mc.trainable_parameters(module)}
     for each in (fill_blocks(trained), fill_blocks(module)):
         with torch.no_grad():
-            each.get_parameter("classifier.miss_copy_default_bias").add_(0.5)
+            each.get_parameter("classifier.miss_copy_default:bias").add_(0.5)
     outputs = trained(**batch), module(**batch)
     assert largest_difference(*outputs) < 1e-9
     ours, expected = gradients(trained, **batch), gradients(module, **batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import signal
 from typing import Any
@@ -10,8 +11,20 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from support import VARIANTS, adapted, base_weight, fields, fill_blocks, max_error, reference_delta
-from torch import Tensor, nn
+from support import (
+    VARIANTS,
+    adapted,
+    base_weight,
+    fields,
+    fill_blocks,
+    max_error,
+    picture,
+    reference_delta,
+    says,
+    shake,
+    with_deltas,
+)
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +33,7 @@ from zoo import TwoLinears
 import misscompile as mc
 from misscompile.errors import MergeError
 from misscompile.hosts import base
-from misscompile.kernels import fold_in_place
+from misscompile.kernels import device, fold_in_place
 
 IN, OUT = 12, 20
 
@@ -104,6 +117,148 @@ def test_owners_that_share_a_weight_are_merged_once() -> None:
     assert max_error(model.other(x), y) < 1e-13
 
 
+class _Pair(nn.Module):
+    """Two linears of one shape beside an embedding, which may read the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.embed = nn.Linear(6, 4), nn.Linear(6, 4), nn.Embedding(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x) * self.b(x) + self.embed.weight.sum()
+        return y
+
+
+def _tie_by_object(model: _Pair) -> None:
+    model.b.weight = model.a.weight
+
+
+def _tie_by_data(model: _Pair) -> None:
+    model.b.weight = nn.Parameter(model.a.weight.data)
+
+
+def _tie_embedding(model: _Pair) -> None:
+    model.embed.weight = nn.Parameter(model.a.weight.data)
+
+
+def _tie_buffer(model: _Pair) -> None:
+    model.register_buffer("cache", model.a.weight.data.t())
+
+
+def _overlap_rows(model: _Pair) -> None:
+    rows = torch.randn(6, 6, dtype=torch.float64)
+    model.a.weight, model.b.weight = nn.Parameter(rows[:4]), nn.Parameter(rows[2:])
+
+
+def _cut_rows(model: _Pair) -> None:
+    rows = torch.randn(8, 6, dtype=torch.float64)
+    model.a.weight, model.b.weight = nn.Parameter(rows[:4]), nn.Parameter(rows[4:])
+
+
+def _cut_columns(model: _Pair) -> None:
+    columns = torch.randn(4, 12, dtype=torch.float64)
+    model.a.weight, model.b.weight = nn.Parameter(columns[:, :6]), nn.Parameter(columns[:, 6:])
+
+
+def _two_adapters(model: Any) -> Any:
+    model = mc.adapt(mc.adapt(model, fields(target_modules=["a"]), "p"), fields(target_modules=["b"]), "q")
+    mc.set_adapter(model, ["p", "q"])
+    return model
+
+
+def _one_adapter(model: Any) -> Any:
+    return mc.adapt(model, fields())
+
+
+def _tied_afterwards(model: Any) -> Any:
+    model = _one_adapter(model)
+    model.b.weight = model.a.weight
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("route", "tie", "adapt", "told"),
+    [
+        ("module", _tie_by_object, _one_adapter, ""),
+        ("module", _cut_rows, _one_adapter, ""),
+        ("module", _cut_columns, _two_adapters, ""),
+        ("module", _tie_by_object, _two_adapters, "a shares its weight with b.weight, where other blocks act:...Untie..."),
+        ("module", _cut_rows, _tied_afterwards, "a shares its weight with b.weight, where other blocks act:...Untie..."),
+        ("module", _tie_by_data, _one_adapter, "a shares its weight with b.weight, where other blocks act:...Untie..."),
+        ("module", _overlap_rows, _one_adapter, "a shares its weight with b.weight, where other blocks act:...Untie..."),
+        (
+            "module",
+            _tie_embedding,
+            _one_adapter,
+            "a shares its weight with embed.weight, which the adapter does not act on...",
+        ),
+        ("module", _tie_buffer, _one_adapter, "a shares its weight with cache, which the adapter does not act on..."),
+        ("traced", _tie_by_object, _one_adapter, ""),
+        (
+            "traced",
+            _tie_by_object,
+            _two_adapters,
+            "...read one weight, each with blocks of its own: ...parameter of its own...",
+        ),
+        *((route, tie, _two_adapters, "") for route in ("traced", "captured") for tie in (_tie_by_data, _overlap_rows)),
+        *((route, _tie_embedding, _one_adapter, "") for route in ("traced", "captured")),
+    ],
+)
+def test_what_lies_in_the_memory_of_a_weight_stays_or_the_merge_is_refused(
+    route: str, tie: Any, adapt: Any, told: str
+) -> None:
+    """A graph gets new parameters, so that only what reads the same parameter changes."""
+    pair, x = _Pair().double(), torch.randn(3, 6, dtype=torch.float64)
+    tie(pair)
+    model = fill_blocks(adapt({"module": lambda m: m, "traced": fx.symbolic_trace, "captured": _captured}[route](pair)), 0.5)
+    y = model(x)
+    with mc.disable_adapter(model):
+        assert max_error(model(x), y) > 1e-2
+    before = picture(model, x)
+    if told:
+        with pytest.raises(MergeError) as caught:
+            mc.merge(model)
+        assert says(caught.value, told), caught.value
+        assert picture(model, x) == before
+    else:
+        assert max_error(mc.merge(model)(x), y) < 1e-12
+
+
+def _captured(model: nn.Module) -> fx.GraphModule:
+    return mc.capture(model, (torch.randn(3, 6, dtype=torch.float64),))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_weight_that_is_read_in_both_layouts_has_a_block_for_each() -> None:
+    model = nn.Sequential(nn.Linear(8, 6, bias=False), Conv1D(8, 6)).double()
+    model[1].weight = model[0].weight  # (6, 8): 8 to 6, and back
+    x = torch.randn(3, 8, dtype=torch.float64)
+    model = adapted(model, target_modules=["0", "1"])
+    assert [tuple(p.shape) for n, p in model.named_parameters() if "miss_block" in n] == [(4, 6), (4, 8)]
+    expected = with_deltas(copy.deepcopy(nn.Sequential(*_untied(model))), model, default=True)
+    assert max_error(model(x), expected(x)) < 1e-12
+    with pytest.raises(MergeError, match=r"0 shares its weight with 1\.weight, where other blocks act"):
+        mc.merge(model)
+
+
+def _untied(model: nn.Module) -> list[nn.Module]:
+    plain = [nn.Linear(8, 6, bias=False).double(), Conv1D(8, 6).double()]
+    for module, source in zip(plain, model.children(), strict=True):
+        module.load_state_dict({name: value for name, value in source.state_dict().items() if "miss" not in name})
+    return plain
+
+
+def test_a_bias_in_the_memory_of_another_is_not_overwritten() -> None:
+    model = _Pair().double()
+    model.b.bias = nn.Parameter(model.a.bias.data)
+    shake(mc.adapt(model, fields(bias="all", target_modules=["a"])))
+    before = picture(model)
+    with pytest.raises(MergeError, match=r"a\.bias, which the adapter trains in full, is tied to b\.bias"):
+        mc.merge(model)
+    assert picture(model) == before
+
+
 def test_a_weight_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(MergeError, match="up: its weight is on the meta device or offloaded; load it first"):
         mc.merge(mc.adapt(TwoLinears().to("meta"), mc.MissConfig(r=4, target_modules="all-linear")))
@@ -175,9 +330,11 @@ class _RunsOut(TorchDispatchMode):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("init_weights", VARIANTS)
+@pytest.mark.parametrize("parts", [1, 5])
 def test_memory_that_runs_out_leaves_the_weight_whole(
-    init_weights: Any, dtype: torch.dtype, turned: bool, keep_adapters: bool
+    parts: int, init_weights: Any, dtype: torch.dtype, turned: bool, keep_adapters: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(device, "CACHED", IN * OUT // parts)
     owner = (Conv1D(OUT, IN) if turned else nn.Linear(IN, OUT)).to(dtype)
     nn.init.normal_(owner.weight)
     model = adapted(nn.Sequential(owner), init_weights, target_modules=["0"])

@@ -5,6 +5,7 @@ The reference is always a plain copy of the model with `W + ΔW` from the formul
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -26,6 +27,7 @@ from support import (
     graph_list,
     matrix_of,
     max_error,
+    picture,
     reference_delta,
     reference_gradient,
     same,
@@ -352,15 +354,135 @@ def test_unmerge(subject: Subject, variant: Any) -> None:
         mc.unmerge(model)
 
 
-def test_unmerge_refuses_after_a_change(subject: Subject) -> None:
+def assign(model: nn.Module, values: dict[str, Tensor], how: str) -> None:
+    """Give the model other values for its weights in one of the ways in which users do."""
+    if how.startswith("load_state_dict"):
+        model.load_state_dict(values, strict=False, assign=how.endswith("assign"))
+    for name, value in values.items():
+        owner, parameter = model.get_submodule(name.partition(".")[0]), model.get_parameter(name)
+        if how == "a new Parameter":
+            owner.weight = nn.Parameter(value)
+        elif how == ".data =":
+            parameter.data = value
+        elif how == ".data in place":
+            parameter.data.copy_(value)
+        elif how == "in place":
+            with torch.no_grad():
+                parameter.copy_(value)
+
+
+@pytest.mark.parametrize("same_values", [False, True])
+@pytest.mark.parametrize(
+    "how",
+    ["in place", ".data in place", ".data =", "a new Parameter", "load_state_dict", "load_state_dict with assign"],
+)
+def test_unmerge_refuses_after_a_change_of_the_values_however_it_was_made(
+    subject: Subject, how: str, same_values: bool
+) -> None:
     model = subject.adapted(True)
+    active = model(X)
     mc.merge(model, keep_adapters=True)
-    with torch.no_grad():
-        model.get_parameter("down.weight").add_(1)
-    changed = model(X)
+    merged = {"down.weight": model.get_parameter("down.weight").detach().clone()}
+    changed = {name: -value.flip(0) for name, value in merged.items()}  # a sum of the values would not see it
+    assign(model, merged if same_values else changed, how)
+    if same_values:
+        assert torch.equal(mc.unmerge(model)(X), active)
+        return
+    before = picture(model, X)
     with pytest.raises(mc.MergeError, match=r"down(\.weight)?\b.* changed after it was merged"):
         mc.unmerge(model)
-    assert torch.equal(model(X), changed)
+    assert picture(model, X) == before
+    assign(model, merged, how)
+    assert torch.equal(mc.unmerge(model)(X), active)
+
+
+@every_variant
+@pytest.mark.parametrize("disabled", [False, True])
+def test_what_a_merge_kept_moves_with_the_model(subject: Subject, variant: Any, disabled: bool) -> None:
+    def rounded(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.bfloat16().double() for name, value in values.items()}
+
+    model = subject.adapted(variant, bias="all")
+    before = state(shake(model))
+    mc.merge(model, keep_adapters=True)
+    merged = state(model)
+    with mc.disable_adapter(model) if disabled else contextlib.nullcontext():
+        model.to(torch.bfloat16)
+        model.double()
+    assert same(state(model), rounded(merged))
+    base = copy.deepcopy(subject.base)
+    base.load_state_dict(rounded(state(base)))
+    with mc.disable_adapter(model):
+        assert torch.equal(model(X), base(X))
+    mc.unmerge(model)
+    assert same(state(model), rounded(before))
+
+
+@every_variant
+def test_inference_mode_leaves_no_trace(subject: Subject, variant: Any, tmp_path: Path) -> None:
+    """A tensor that is made in it can neither be written nor trained outside."""
+    with torch.inference_mode():
+        model = mc.adapt(subject.given, fields(variant, bias="all"), "a0")
+    active = shake(model)(X)
+    assert set(gradients(model, X)) == {name for name, _ in mc.trainable_parameters(model)}
+    with torch.inference_mode():
+        mc.save_adapter(model, tmp_path, "a0")
+        mc.merge(model, keep_adapters=True)
+    copied = copy.deepcopy(model)
+    with mc.disable_adapter(model):
+        assert torch.equal(model(X), subject.base(X))
+    mc.unmerge(model)
+    assert torch.equal(model(X), active)
+    with torch.inference_mode():
+        mc.unmerge(copied)
+        mc.merge(copied)
+    assert max_error(copied(X), active) < EXACT
+    assert set(gradients(copied.requires_grad_(), X)) == {name for name, _ in copied.named_parameters()}
+    again = copy.deepcopy(subject.base) if subject.is_module else subject.given
+    with torch.inference_mode():
+        loaded = mc.load_adapter(again, tmp_path, is_trainable=True, low_cpu_mem_usage=True)
+    assert torch.equal(loaded(X), active)
+    assert set(gradients(loaded, X)) == {name for name, _ in mc.trainable_parameters(loaded)}
+
+
+@every_variant
+def test_merge_refuses_what_was_trained_in_full_and_is_not_finite(subject: Subject, variant: Any) -> None:
+    model = subject.adapted(variant, bias="all")
+    model.get_parameter("down.miss_copy_a0:bias").data[3] = float("nan")
+    before = picture(model, X)
+    for keep in (False, True):
+        with pytest.raises(mc.MergeError, match=r"down\.bias: what the adapter 'a0' trained in its place is not finite"):
+            mc.merge(model, keep_adapters=keep)
+    assert picture(model, X) == before
+
+
+@every_variant
+def test_a_block_that_is_not_finite_is_loaded_and_merge_names_it(subject: Subject, variant: Any, tmp_path: Path) -> None:
+    model = subject.adapted(variant)
+    model.get_parameter("down.miss_block_a0").data.view(-1)[3] = float("nan")
+    mc.save_adapter(model, tmp_path, "a0")
+    again = copy.deepcopy(subject.base) if subject.is_module else subject.given
+    loaded = mc.load_adapter(again, tmp_path, "a0")
+    found, wanted = (m.get_parameter("down.miss_block_a0") for m in (loaded, model))
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+    with pytest.raises(mc.MergeError, match=r"down.*miss_block_a0 holds values that are not finite"):
+        mc.merge(loaded)
+
+
+@every_variant
+def test_a_base_that_is_not_finite_is_not_blamed_on_training(subject: Subject, variant: Any) -> None:
+    """balance and mini add to it; the update of bat would spread it."""
+    model = copied_if_graph(subject, subject.adapted(variant))
+    model.get_parameter("down.weight").data[2, 3] = float("inf")
+    y = model(X)
+    if variant == "bat":
+        with pytest.raises(mc.MergeError, match=r"down.*the base weight holds values that are not finite.*spread"):
+            mc.merge(model)
+        assert torch.equal(model(X).nan_to_num(), y.nan_to_num())
+    else:
+        merged = mc.merge(model).get_parameter("down.weight")
+        assert (~merged.isfinite()).nonzero().tolist() == [[2, 3]]
 
 
 def test_unload_of_a_merged_model_gives_the_base_back(subject: Subject) -> None:
@@ -611,7 +733,7 @@ def test_the_dtype_may_change(subject: Subject, variant: Any) -> None:
 def test_biases_and_modules_to_save(subject: Subject, changes: Any, copies: set[str], kept: bool, tmp_path: Path) -> None:
     if subject.in_out:  # a `Conv1D` always has a bias
         copies = copies | ({"up.bias"} if "bias" in changes else set())
-    names = {name: "{}.miss_copy_default_{}".format(*name.split(".")) for name in copies}
+    names = {name: "{}.miss_copy_default:{}".format(*name.split(".")) for name in copies}
     model = mc.adapt(subject.given, fields(**changes))
     assert {name for name, _ in mc.trainable_parameters(model)} == {*blocks_of(model), *names.values()}
     assert torch.equal(model(X), subject.base(X))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 from collections.abc import Callable
@@ -73,13 +74,13 @@ def adapted(case: str = "head", form: str = "balance", seed: int = 1, **fields: 
 
 def copies(model: nn.Module, adapter: str = "default") -> set[str]:
     """The base names of the tensors that one adapter trains in full."""
-    marker = f"miss_copy_{adapter}_"
+    marker = f"miss_copy_{adapter}:"
     return {name.replace(marker, "") for name, _ in model.named_parameters() if marker in name}
 
 
 def copy_of(model: nn.Module, name: str) -> Tensor:
     path, _, own = name.rpartition(".")
-    return model.get_parameter(f"{path}.miss_copy_default_{own}").detach().clone()
+    return model.get_parameter(f"{path}.miss_copy_default:{own}").detach().clone()
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -139,16 +140,105 @@ def test_one_copy_for_each_adapter() -> None:
     assert copies(model, "other") == set()
 
 
-def test_two_adapters_that_train_one_tensor_are_not_active_together() -> None:
+def test_two_adapters_that_train_one_tensor_are_neither_active_nor_merged_together() -> None:
     model = mc.adapt(adapted("head"), config("head"), "other")
     before = snapshot(model, X)
-    with pytest.raises(mc.StateError, match=r"both train head\.(weight|bias)"):
-        mc.set_adapter(model, ["default", "other"])
+    for verb in (mc.set_adapter, mc.merge, functools.partial(mc.merge, keep_adapters=True)):
+        with pytest.raises(mc.StateError, match=r"both train head\.(weight|bias)"):
+            verb(model, ["default", "other"])
     assert snapshot(model, X) == before
     shake(mc.adapt(model, config("MiSS_only"), "biases"), seed=3)
     mc.set_adapter(model, ["default", "biases"])  # these two have nothing in common
     assert mc.active_adapters(model) == ("default", "biases")
     assert torch.isfinite(run(model, X)).all()
+
+
+class Shifting(nn.Module):
+    """Two biases, and the names of two adapters and theirs that give one string: `a` and `c_bias`, `a_c` and `bias`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bias, self.c_bias = (
+            nn.Linear(12, 8, bias=False),
+            nn.Parameter(torch.zeros(8)),
+            nn.Parameter(torch.zeros(8)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.up(x) + self.bias) * 2 + self.c_bias
+
+
+@pytest.mark.parametrize("route", ["module", "captured", "exported again"])
+def test_names_of_adapters_and_of_tensors_stay_apart(route: str, tmp_path: Path) -> None:
+    inner: Any = nn.Sequential(seeded(Shifting)())
+    model = inner if route == "module" else mc.capture(inner, (X,))
+    outputs = {}
+    for seed, name in enumerate(("a", "a_c")):
+        model = shake(mc.adapt(model, {"r": 4, "target_modules": ["up"], "bias": "all"}, name), seed)
+        outputs[name] = run(model, X)
+        mc.save_adapter(model, tmp_path / name, name)
+    for name, expected in outputs.items():
+        mc.set_adapter(model, name)
+        assert torch.equal(run(model, X), expected)
+        assert len(mc.trainable_parameters(model)) == 3
+        if route == "exported again":
+            again = mc.merge(torch.export.export(model, (X,)))
+            assert_close(run(again, X), expected)
+            assert {"0.up.weight", "0.bias", "0.c_bias"} <= {n for n, _ in again.named_parameters()}
+    mc.set_adapter(model, "a")
+    mc.delete_adapter(model, "a_c")
+    assert torch.equal(run(model, X), outputs["a"])
+    for name, expected in outputs.items():
+        assert torch.equal(run(mc.load_adapter(model, tmp_path / name, f"{name}_again"), X), expected)
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean, by assignment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.register_buffer("ema", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.proj(x)
+        if self.training:
+            self.ema = 0.5 * self.ema + 0.5 * y.detach().mean(0)
+        return y + self.ema
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_module_to_save_assigns_to_itself_is_what_it_reads(compiled: bool, tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(12, 8), seeded(Averaging)())
+    plain_one, model = copy.deepcopy(base), mc.adapt(base, config(target_modules=["0"], modules_to_save=["1"]))
+    plain_one.train(), model.train()
+    called = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    for _ in range(3):
+        assert torch.equal(called(X), plain_one(X))
+    found = model[1].ema
+    assert not torch.equal(found, torch.zeros(8))
+    mc.save_adapter(model, tmp_path)
+    assert torch.equal(load_file(tmp_path / WEIGHTS)[f"{PREFIX}1.ema"], found)
+    with mc.disable_adapter(model):
+        assert torch.equal(model[1].ema, torch.zeros(8))  # the base's has nothing of it
+    mc.merge(model)
+    assert torch.equal(model[1].ema, found)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_base_checkpoint_is_loaded_into_the_base_beside_its_copies(assign: bool) -> None:
+    model = mc.adapt(
+        nn.Sequential(nn.Linear(12, 8), seeded(Averaging)()), config(target_modules=["0"], modules_to_save=["1"])
+    )
+    values = {name: value + 1 for name, value in state(model).items() if "miss" not in name}
+    before = run(shake(model).eval(), X)
+    model.load_state_dict(
+        {name: value for name, value in values.items() if name.startswith("1.")}, strict=False, assign=assign
+    )
+    assert torch.equal(run(model, X), before)
+    with mc.disable_adapter(model):
+        assert torch.equal(model[1].ema, values["1.ema"])
+        assert torch.equal(model[1].proj.weight, values["1.proj.weight"])
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from misscompile.errors import MergeError
 from misscompile.kernels import Scratch, fold_in_place, is_finite, stays_finite
 from misscompile.passes.weight_paths import take_view
-from misscompile.record.state import STATE, Kept, OwnerState, base_tensor, copy_name, tensor_version
-from misscompile.record.walk import named_modules, owners
+from misscompile.record.state import STATE, Kept, OwnerState, base_tensor, copy_name, fingerprint
+from misscompile.record.transaction import Undo
+from misscompile.record.walk import join, named_modules, owners
 from misscompile.record.words import Block, Refusal, Site, Target, View
 from misscompile.variants import VARIANTS
 
@@ -46,16 +47,24 @@ class Fold:
             self.merged()
 
     def merged(self, scratch: Scratch | None = None) -> Tensor:
-        """The merged weight in the base's layout and dtype, checked to be finite; nothing is changed."""
+        """The merged weight in the base's layout and dtype, as finite as the weight was; nothing is changed."""
         merged = self.weight.detach().clone()
         self.write(merged, scratch)
-        if not is_finite(merged):
+        if not is_finite(merged) and bool((self.weight.isfinite() & ~merged.isfinite()).any()):
             adapters = list(dict.fromkeys(block.adapter for _, blocks in self.parts for block, _ in blocks))
             raise MergeError(
-                f"{self.name}: the merged weight is not finite in {merged.dtype} (adapters {adapters}): the training "
-                "diverged, or the values exceed the range of the dtype. Nothing was merged."
+                f"{self.name}: the merged weight is not finite in {merged.dtype} (adapters {adapters}): {self._cause()} "
+                "Nothing was merged."
             )
         return merged
+
+    def _cause(self) -> str:
+        broken = [block.parameter for _, blocks in self.parts for block, values in blocks if not is_finite(values)]
+        if broken:
+            return f"{broken[0]} holds values that are not finite, since its training diverged or its file is damaged."
+        if not is_finite(self.weight):
+            return "the base weight holds values that are not finite, which the update would spread. Repair the base first."
+        return "the values exceed the range of the dtype."
 
     def write(self, stored: Tensor, scratch: Scratch | None = None) -> None:
         """Fold every part into `stored`, which holds the base weight."""
@@ -160,7 +169,7 @@ class Host(abc.ABC):
         """
 
     @abc.abstractmethod
-    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool) -> None:
+    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> None:
         """Put the merged weights, and the copies that the adapters trained in full, in the place of the base's."""
 
 
@@ -174,16 +183,51 @@ def check_staying(owner: str, state: OwnerState, names: Sequence[str]) -> None:
         )
 
 
+class Users:
+    """Who holds which memory of a model."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._held: dict[int, list[tuple[nn.Module, str, str, Tensor]]] = {}
+        for module_name, module in root.named_modules():
+            for held, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    entry = module, held, join(module_name, held), tensor
+                    self._held.setdefault(_storage(tensor), []).append(entry)
+
+    def of(self, tensor: Tensor) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+        """`(module, name there, name in the model, tensor)` of all that has an element in the memory of `tensor`."""
+        return (entry for entry in self._held.get(_storage(tensor), ()) if _overlap(tensor, entry[-1]))
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)  # none on the meta device
+    except RuntimeError:  # a tensor subclass that has no memory of its own
+        return id(tensor)
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common."""
+    if one is other or one.dtype != other.dtype:
+        return True
+    views = [(tensor.shape, tensor.stride(), tensor.storage_offset()) for tensor in (one, other)]
+    ends = [offset + sum((n - 1) * step for n, step in zip(*view, strict=True)) for *view, offset in views]
+    start, (first, second) = min(offset for *_, offset in views), views
+    if first[2] > ends[1] or second[2] > ends[0]:
+        return False
+    marks = torch.zeros(max(ends) + 1 - start, dtype=torch.bool)
+    marks.as_strided(*first[:2], first[2] - start).fill_(True)
+    return bool(marks.as_strided(*second[:2], second[2] - start).any())
+
+
 def check_copies_unshared(root: nn.Module, names: Sequence[str]) -> None:
     """Refuse to write a copy into a base tensor that another module uses too."""
-    users: dict[int, list[str]] = {}
-    for module_name, module in root.named_modules():
-        for held, tensor in module._parameters.items():
-            users.setdefault(id(tensor), []).append(f"{module_name}.{held}")
+    users = Users(root)
     for owner_name, owner in owners(root).items():
         for tensor in {tensor for adapter in names for tensor in vars(owner)[STATE].copies.get(adapter, ())}:
-            own = f"{owner_name}.{tensor}"
-            others = [user for user in users.get(id(base_tensor(owner, tensor)), []) if user != own]
+            own, base = join(owner_name, tensor), base_tensor(owner, tensor)
+            in_place = not vars(owner)[STATE].in_graph or tensor in owner._buffers
+            others = [user for *_, user, held in users.of(base) if user != own and (in_place or held is base)]
             if others:
                 raise MergeError(
                     f"{own}, which the adapter trains in full, is tied to {others[0]}: merging would change both. Untie "
@@ -191,8 +235,21 @@ def check_copies_unshared(root: nn.Module, names: Sequence[str]) -> None:
                 )
 
 
+def check_copies_finite(root: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to write what an adapter trained in full where it is not finite although the base's tensor is."""
+    for owner_name, owner in owners(root).items():
+        for adapter in names:
+            for tensor in vars(owner)[STATE].copies.get(adapter, ()):
+                trained, base = getattr(owner, copy_name(adapter, tensor)), base_tensor(owner, tensor)
+                if not trained.is_meta and not is_finite(trained) and bool((base.isfinite() & ~trained.isfinite()).any()):
+                    raise MergeError(
+                        f"{join(owner_name, tensor)}: what the adapter {adapter!r} trained in its place is not finite, "
+                        "since the training diverged or its file is damaged. Nothing was merged."
+                    )
+
+
 @torch.no_grad()
-def write_copies(owner: nn.Module, names: Sequence[str], keep: bool) -> None:
+def write_copies(owner: nn.Module, names: Sequence[str], keep: bool, undo: Undo) -> None:
     """Let what the adapters `names` trained in full on `owner` become the base's own values."""
     state: OwnerState = vars(owner)[STATE]
     for adapter in names:
@@ -201,7 +258,7 @@ def write_copies(owner: nn.Module, names: Sequence[str], keep: bool) -> None:
             if state.in_graph and isinstance(base, nn.Parameter):  # shared with the model that the graph was made from
                 owner._parameters[tensor] = nn.Parameter(trained.detach().clone(), requires_grad=False)
             else:
-                base, written = base.detach().clone() if keep else base, base
+                base, written = undo.remember(owner, base), base
                 written.copy_(trained)
             if keep:
-                state.kept[tensor] = Kept(base, tensor_version(base_tensor(owner, tensor)))
+                state.kept[tensor] = Kept(base, fingerprint(trained))

@@ -16,16 +16,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
-from misscompile.hosts.base import Fold, Host, check_staying, write_copies
+from misscompile.hosts.base import Fold, Host, Part, check_staying, write_copies
 from misscompile.hosts.owner_class import before_and_after, finish_owner, refresh_owner
-from misscompile.hosts.whole_graph import WholeGraph, base_scope, copy_nodes, home_of, record_of, require_container
+from misscompile.hosts.whole_graph import (
+    WholeGraph,
+    base_scope,
+    change_record,
+    copy_nodes,
+    home_of,
+    record_of,
+    require_container,
+)
 from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import find_sites, other_readers, sites_by_name
 from misscompile.passes.linear_calls import target_name
 from misscompile.passes.runner import UNSHARE, run_passes
 from misscompile.passes.unshare_weights import call_name
 from misscompile.passes.weight_paths import find_parameter, overlap
-from misscompile.record.state import STATE, Kept, OwnerState, tensor_version
+from misscompile.record.state import STATE, Kept, OwnerState, fingerprint
+from misscompile.record.transaction import Undo
 from misscompile.record.walk import owner_state, owners
 from misscompile.record.words import Block, Refusal, Scope, Site, Target, View
 
@@ -162,17 +171,18 @@ class GraphHost(Host):
                 self._check_clonable(owner, sites[0], call)
                 weight, holder = self.stored_weight(owner, sites[0]), self.root.get_submodule(owner)
                 fold = folds.setdefault((id(weight), call), Fold(path.parameter, weight, [], {}, call))
-                if all(path.view != view for view, _ in fold.parts):  # tied names share their block
+                blocks = [state.blocks[n] for n in names if n in state.blocks]
+                part: Part = path.view, [(b, holder.get_parameter(b.parameter)) for b in blocks]
+                if not any(_same_part(part, other) for other in fold.parts):  # tied names share their block
                     _check_apart(fold, owner, path.view)
-                    blocks = [state.blocks[n] for n in names if n in state.blocks]
-                    fold.parts.append((path.view, [(b, holder.get_parameter(b.parameter)) for b in blocks]))
+                    fold.parts.append(part)
                 fold.owners[owner] = sites
                 adapted |= {id(site) for site in sites}
         for fold in folds.values():
             self._check_uses(fold, adapted)
         return list(folds.values())
 
-    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool) -> None:
+    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> None:
         scratch: Scratch = {}
         merged = [(fold, nn.Parameter(fold.merged(scratch), requires_grad=False)) for fold in folds]
         for fold, parameter in merged:
@@ -184,14 +194,13 @@ class GraphHost(Host):
         for name, owner in owners(self.root).items():
             state: OwnerState = vars(owner)[STATE]
             if any(n in state.copies or n in state.blocks for n in names):
-                write_copies(owner, names, keep)
+                write_copies(owner, names, keep, undo)
                 finish_owner(owner, names, name, keep)
 
     def _unshare(self, folds: Sequence[tuple[Fold, nn.Parameter]], keep: bool) -> None:
         """Let each call read a merged weight of its own, registered beside the weight that the calls had in common."""
-        record = record_of(self.root)
-        record.kept_base = record.base if keep else None
-        scope = Scope(self.root, copy_nodes(record.base), "whole graph")  # copies of this module hold the other one
+        base = record_of(self.root).base
+        scope = Scope(self.root, copy_nodes(base), "whole graph")  # copies of this module hold the other one
         find_sites(scope)
         calls = sites_by_name(scope)
         for fold, parameter in folds:
@@ -204,7 +213,7 @@ class GraphHost(Host):
             else:
                 _exchange(*self._holder(call_name(fold.name, fold.call)), parameter, keep)
         run_passes(UNSHARE, scope)
-        record.base = scope.graph
+        change_record(self.root, base=scope.graph, kept_base=base if keep else None)
         read = {str(node.target) for node in scope.graph.nodes if node.op == "get_attr"}
         read |= {f"{node.target}.weight" for node in scope.graph.nodes if node.op == "call_module"}
         for target in {fold.name for fold, _ in folds} - read:
@@ -270,7 +279,11 @@ def _exchange(module: nn.Module, name: str, new: nn.Parameter | None, keep: bool
         if state is None:
             state = vars(module)[STATE] = OwnerState(type(module), in_graph=True)
             refresh_owner(module)
-        state.kept[name] = Kept(old) if new is None else Kept(old, tensor_version(new))
+        state.kept[name] = Kept(old, None if new is None else fingerprint(new))
+
+
+def _same_part(one: Part, other: Part) -> bool:
+    return one[0] == other[0] and [id(values) for _, values in one[1]] == [id(values) for _, values in other[1]]
 
 
 def _check_apart(fold: Fold, owner: str, view: View) -> None:
@@ -278,6 +291,6 @@ def _check_apart(fold: Fold, owner: str, view: View) -> None:
     for (others, _), other in zip(fold.parts, fold.owners, strict=False):
         if overlap(fold.weight, view, others):
             raise MergeError(
-                f"{owner} and {other} read one weight in two forms, each with an adapter of its own: merging would add "
-                "both to both. Give one of them a parameter of its own before the model is captured."
+                f"{owner} and {other} read one weight, each with blocks of its own: merging would add both to both. Give "
+                "one of them a parameter of its own before the model is captured."
             )

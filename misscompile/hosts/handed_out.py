@@ -15,7 +15,7 @@ import inspect
 import sys
 import textwrap
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,15 @@ def copy_attribute(copied: str) -> property:
         return getattr(self, copied)
 
     return property(read)
+
+
+def assign_to_copies(copied: Mapping[str, str], base: type[nn.Module]) -> Callable[[nn.Module, str, Any], None]:
+    """What is assigned becomes the copy that is read. `nn.Module` asks no property about a name that is registered."""
+
+    def assign(self: nn.Module, name: str, value: Any) -> None:
+        base.__setattr__(self, copied.get(name, name), value)
+
+    return assign
 
 
 def _stored(self: nn.Module) -> Any:

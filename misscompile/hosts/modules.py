@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from misscompile.errors import MergeError
-from misscompile.hosts.base import Fold, Host, Part, check_staying, write_copies
+from misscompile.hosts.base import Fold, Host, Part, Users, check_staying, write_copies
 from misscompile.hosts.owner_class import (
     REWRITE,
     before_and_after,
@@ -25,7 +22,8 @@ from misscompile.hosts.owner_class import (
 from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import linear_shape, other_readers
 from misscompile.passes.trace import probe_opaque
-from misscompile.record.state import STATE, Kept, OwnerState, base_class_of, tensor_version
+from misscompile.record.state import STATE, Kept, OwnerState, base_class_of, fingerprint
+from misscompile.record.transaction import Undo, deferred_interrupt
 from misscompile.record.walk import named_modules, owners
 from misscompile.record.words import Block, Refusal, Scope, Site, Target
 from misscompile.variants import VARIANTS
@@ -104,7 +102,8 @@ class ModuleHost(Host):
             return [Refusal(name, type(owner).__name__, found)]
         weight = owner._parameters.get("weight", getattr(owner, "weight", None))
         weight = weight if isinstance(weight, Tensor) else next(owner.parameters(), None)
-        return [Target(name, owner, *shape, block, weight, id(owner) if weight is None else id(weight), found)]
+        shared = (id(owner if weight is None else weight), found.sites[0].path)  # none that is read another way round
+        return [Target(name, owner, *shape, block, weight, shared, found)]
 
     def _scope_or_problem(self, owner: nn.Module, block: Block, shape: tuple[int, int]) -> Scope | str:
         """The scope of a linear, or why an adapter on it could not take effect."""
@@ -173,19 +172,28 @@ class ModuleHost(Host):
             if not state.in_graph and any(n in state.blocks for n in names):
                 weight = owner._parameters.get("weight")
                 groups.setdefault(name if weight is None else id(weight), {})[name] = owner
-        folded = {o: set(names) & set(vars(o)[STATE].blocks) for group in groups.values() for o in group.values()}
-        for module_name, module in self.root.named_modules():
-            for held, parameter in module._parameters.items():
-                group = groups.get(id(parameter), {})
-                name, first = next(iter(group.items()), ("", module))
-                if group and folded.get(module) != folded[first]:
-                    raise MergeError(
-                        f"{name} shares its weight with {module_name}.{held}, which the "
-                        "adapter does not act on: merging would change both. Untie first: give the module a weight of its "
-                        "own (`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
-                        "`model.config.tie_word_embeddings = False` for an output layer), then merge."
-                    )
+        users = Users(self.root)
+        for group in groups.values():
+            self._check_shared(group, names, users)
         return [self._plan_fold(group, names, keep) for group in groups.values()]
+
+    def _check_shared(self, group: dict[str, nn.Module], names: Sequence[str], users: Users) -> None:
+        """Refuse to write a weight whose memory is also read where not exactly the same is folded."""
+        (name, first), *_ = group.items()
+        weight = first._parameters.get("weight")
+        if weight is None:
+            return
+        for module, held, user, tensor in users.of(weight):
+            state: OwnerState | None = vars(module).get(STATE)
+            adapted = state is not None and held == "weight" and any(n in state.blocks for n in names)
+            if tensor is weight and adapted and _folded(module, names) == _folded(first, names):
+                continue
+            found = "where other blocks act" if adapted else "which the adapter does not act on"
+            raise MergeError(
+                f"{name} shares its weight with {user}, {found}: merging would change both. Untie first: give the module a "
+                "weight of its own (`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
+                "`model.config.tie_word_embeddings = False` for an output layer), then merge."
+            )
 
     def _plan_fold(self, group: dict[str, nn.Module], names: Sequence[str], keep: bool) -> Fold:
         name, owner = next(iter(group.items()))
@@ -206,15 +214,14 @@ class ModuleHost(Host):
         parts: list[Part] = [(path.view, [(block, owner.get_parameter(block.parameter)) for block in blocks])]
         return Fold(name, self.stored_weight(name, scope.sites[0]), parts, dict(group))
 
-    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool) -> None:
+    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> None:
         scratch: Scratch = {}
         for fold in folds:
-            with deferred_interrupt():
-                _write_fold(fold, names, keep, scratch)
+            _write_fold(fold, names, keep, scratch, undo)
         for name, owner in owners(self.root).items():
             state: OwnerState = vars(owner)[STATE]
             if not state.in_graph and not state.merged and any(n in state.copies for n in names):
-                write_copies(owner, names, keep)
+                write_copies(owner, names, keep, undo)
                 finish_owner(owner, names, name, keep)
 
 
@@ -235,6 +242,13 @@ def refusal_notes(what: str, refusals: Sequence[Refusal]) -> list[str]:
         more, verb = (f" and {len(names) - 1} more", "are") if len(names) > 1 else ("", "is")
         notes.append(f"{names[0]} ({kind}){more} {verb} {what} {reason}")
     return notes
+
+
+def _folded(owner: nn.Module, names: Sequence[str]) -> Any:
+    """What a merge of these adapters writes into the weight of an owner."""
+    state: OwnerState = vars(owner)[STATE]
+    blocks = [(state.blocks[n], id(owner.get_parameter(state.blocks[n].parameter))) for n in names if n in state.blocks]
+    return owner_scope(owner).sites[0].path, blocks
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -258,46 +272,32 @@ def _has_attribute(module: nn.Module, name: str) -> bool:
 
 
 @torch.no_grad()
-def _write_fold(fold: Fold, names: Sequence[str], keep: bool, scratch: Scratch) -> None:
+def _write_fold(fold: Fold, names: Sequence[str], keep: bool, scratch: Scratch, undo: Undo) -> None:
+    """Merge into one weight. Without a copy to keep, the write is the last step, and it stays whatever comes next."""
     first = next(iter(fold.owners.values()))
     merged = fold.merged() if parametrize.is_parametrized(first, "weight") else None
-    kept = fold.weight.detach().clone() if keep else None
-    if merged is None:
+    if keep:
+        kept = undo.remember(first, fold.weight)
         fold.write(fold.weight.detach(), scratch)
-    if kept is not None:
-        vars(first)[STATE].kept["weight"] = Kept(kept, tensor_version(fold.weight))
+        vars(first)[STATE].kept["weight"] = Kept(kept, fingerprint(fold.weight))
     for name, owner in fold.owners.items():
-        write_copies(owner, names, keep)
+        write_copies(owner, names, keep, undo)
         finish_owner(owner, names, name, keep)
-    if merged is not None:
-        _replace_weight(first, merged)
+    if not keep:
+        with deferred_interrupt():
+            if merged is None:
+                fold.write(fold.weight.detach(), scratch)
+            else:
+                _replace_weight(first, merged, undo)
+            undo.settle(list(fold.owners.values()))
 
 
-def _replace_weight(owner: nn.Module, merged: Tensor) -> None:
+def _replace_weight(owner: nn.Module, merged: Tensor, undo: Undo) -> None:
     """Let a parametrized weight become a plain one."""
+    for original in owner.get_submodule("parametrizations.weight").parameters():
+        undo.add(owner, functools.partial(setattr, original, "data", original.data))  # the removal writes to it
     shared = type(owner)  # with every deepcopy of the owner, and the removal edits the class
     members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
     owner.__class__ = type(shared.__name__, shared.__bases__, members)
     parametrize.remove_parametrizations(owner, "weight", leave_parametrized=True)
     owner.weight = nn.Parameter(merged, requires_grad=False)  # a frozen one would be left as a plain tensor
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Let Ctrl-C wait until the body is done: a weight that was half merged would belong to no adapter.
-
-    Python raises `KeyboardInterrupt` in the main thread only. Its handler is set aside rather than the signal masked,
-    since a thread of torch's pool would still receive it.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    received: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if received:
-            handler(*received[0])

@@ -13,12 +13,14 @@ from misscompile.hosts.graphs import GraphHost
 from misscompile.hosts.modules import ModuleHost
 from misscompile.hosts.owner_class import refresh_owner
 from misscompile.hosts.recover import holds_exported_adapters, recover_adapters
-from misscompile.hosts.whole_graph import WholeGraph, copy_graph, derive_graph, record_of, swap_base, whole_graphs
-from misscompile.record.state import STATE, OwnerState, swap_kept
+from misscompile.hosts.whole_graph import WholeGraph, change_record, copy_graph, derive_graph, swap_base, whole_graphs
+from misscompile.record.state import STATE, OwnerState
+from misscompile.record.transaction import Undo, swap_kept
 from misscompile.record.walk import check_enabled, join, named_modules, owner_states, owners, unwrap_model
 from misscompile.record.words import Scope
 
 
+@torch.inference_mode(False)
 def open_host(model: object, verb: str, per_call_site: bool = False) -> Host:
     """What a new adapter goes onto: the model itself below its wrappers, or a copy of a graph.
 
@@ -88,6 +90,11 @@ def refresh(
         refresh_graphs(root)
 
 
+def parts_of_graphs(root: nn.Module) -> list[nn.Module]:
+    """The modules of every whole graph in a model: a merge may register a weight on each."""
+    return [module for graph in whole_graphs(root.modules()) for module in graph.modules()]
+
+
 def refresh_graphs(root: nn.Module) -> None:
     """Derive every whole graph in a model again, after a record on one of its modules changed."""
     for graph in whole_graphs(root.modules()):
@@ -106,10 +113,10 @@ def check_graphs_whole(root: nn.Module, adapted: Mapping[str, nn.Module], verb: 
             raise StateError(f"{verb}: {name or 'the model'} is a part of a whole graph; call it on that graph.")
 
 
-def swap_merged(root: nn.Module, changed: Mapping[str, nn.Module]) -> None:
+def swap_merged(root: nn.Module, changed: Mapping[str, nn.Module], undo: Undo) -> None:
     """Exchange what a merge wrote on these owners, and in the graphs of the model, with what it kept of the base."""
     for owner in changed.values():
-        swap_kept(owner)
+        swap_kept(owner, undo)
     for graph in whole_graphs(root.modules()):
         swap_base(graph)
 
@@ -121,4 +128,4 @@ def forget_kept(root: nn.Module) -> None:
         if state is not None:
             state.merged, state.kept = (), {}
     for graph in whole_graphs(root.modules()):
-        record_of(graph).kept_base = None
+        change_record(graph, kept_base=None)

@@ -22,11 +22,21 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from misscompile.errors import StateError
-from misscompile.hosts.handed_out import BASE_WEIGHT, copy_attribute, weight_attributes
+from misscompile.hosts.handed_out import BASE_WEIGHT, assign_to_copies, copy_attribute, weight_attributes
 from misscompile.passes.find_sites import find_sites, linear_shape
 from misscompile.passes.runner import ADAPT, run_passes
 from misscompile.passes.trace import BASE_FORWARD, opaque_scope, trace_owner
-from misscompile.record.state import STATE, OwnerState, base_class_of, describe, forgive_base, swap_kept
+from misscompile.record.state import (
+    STATE,
+    OwnerState,
+    base_class_of,
+    describe,
+    fingerprint,
+    forgive_base,
+    is_current,
+    merged_tensor,
+)
+from misscompile.record.transaction import Undo, swap_kept
 from misscompile.record.words import Block, Scope
 
 Copies = tuple[tuple[str, str], ...]
@@ -75,20 +85,32 @@ def _subclass(base: type[nn.Module], members: Mapping[str, Any]) -> type[nn.Modu
             self.__class__ = record.base_class  # type: ignore[assignment]
             if record.disabled:  # copied inside disable_adapter: the context will not come back for the copy
                 record.disabled = 0
-                swap_kept(self)
+                swap_kept(self, Undo((), ()))
             refresh_owner(self)
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            record: OwnerState = getattr(self, STATE)
+            current = {name: is_current(kept, self, name) for name, kept in record.kept.items()}
             result = super()._apply(fn, recurse)
-            for kept in getattr(self, STATE).kept.values():
+            for name, kept in record.kept.items():
                 if isinstance(kept.value, nn.Parameter):
                     kept.value.data = fn(kept.value.data)
                 elif kept.value is not None:
                     kept.value = fn(kept.value)
+                merged = merged_tensor(kept, self, name)
+                if current[name] and merged is not None and not merged.is_meta:
+                    kept.merged = fingerprint(merged)
             return result
 
         def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            acting = type(self)
+            self.__class__ = getattr(
+                self, STATE
+            ).base_class
+            try:
+                self._load_from_state_dict(state_dict, prefix, *args)
+            finally:
+                self.__class__ = acting
             ours = {prefix + name for name in getattr(self, STATE).all_registered()}
             forgive_base(ours, state_dict, missing_keys=args[2])
 
@@ -223,7 +245,7 @@ def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block,
     """A subclass of `base` with the forward of `scope` in which `blocks` act.
 
     The attribute `tensor` of the class gives the registered `copy`, as `torch.nn.utils.parametrize` does it, so that every
-    code that reads it gets what the adapter trained.
+    code that reads it gets what the adapter trained. What is assigned to it becomes the copy.
     """
     members: dict[str, Any] = {REWRITE: None}
     if scope is not None:
@@ -240,6 +262,8 @@ def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block,
         members |= {"forward": _compile_forward(graph, base.__name__), BASE_FORWARD: base.forward, REWRITE: rewrite}
         members |= weight_attributes(base, path, blocks) if path is not None else {}
     members |= {tensor: copy_attribute(copied) for tensor, copied in copies}
+    if copies:
+        members["__setattr__"] = assign_to_copies(dict(copies), base)
     made = _subclass(base, members)
     if scope is not None:
         weakref.finalize(made, linecache.cache.pop, members["forward"].__code__.co_filename, None)

@@ -88,7 +88,7 @@ def _adopt_copies(root: WholeGraph, graph: fx.Graph, adapters: Iterable[str]) ->
         owner_name, _, held = str(node.target).rpartition(".")
         prefixes = [prefix for name in adapters if held.startswith(prefix := copy_name(name, ""))]
         if node.op == "get_attr" and prefixes:
-            owner, name = root.get_submodule(owner_name), held.removeprefix(max(prefixes, key=len))
+            owner, name = root.get_submodule(owner_name), held.removeprefix(prefixes[0])
             registry: dict[str, Any] = owner._parameters if held in owner._parameters else owner._buffers
             registry[name] = registry.pop(held)
             node.target = f"{owner_name}.{name}" if owner_name else name

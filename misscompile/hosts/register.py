@@ -22,7 +22,7 @@ from misscompile.variants import VARIANTS
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # a tensor that is made in it can never be trained
 def create_blocks(
     plan: Plan, autocast_adapter_dtype: bool, values: Mapping[str, Tensor] | None = None, copy: bool = True
 ) -> None:

@@ -107,11 +107,16 @@ def record_of(root: WholeGraph) -> GraphRecord:
     return record
 
 
+def change_record(root: WholeGraph, **changes: Any) -> None:
+    """Give a whole graph another record. The old one stays as it was, for a transaction to put back."""
+    root.meta = {**root.meta, RECORD: dataclasses.replace(record_of(root), **changes)}
+
+
 def swap_base(root: WholeGraph) -> None:
     """Exchange the base graph with the one that a merge kept, where that merge changed it."""
     record = record_of(root)
     if record.kept_base is not None:
-        record.base, record.kept_base = record.kept_base, record.base
+        change_record(root, base=record.kept_base, kept_base=record.base)
 
 
 def whole_graphs(modules: Iterable[nn.Module]) -> list[WholeGraph]:

@@ -28,20 +28,22 @@ def fold_in_place(weight: Tensor, updates: Sequence[Update], scratch: Scratch | 
     """
     dtypes = [weight.dtype, *(block.dtype for _, block in updates)]
     wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    blocks = [(VARIANTS[variant], block.detach().to(wide)) for variant, block in updates]
+    blocks = [(VARIANTS[variant], VARIANTS[variant].laid_out(block.detach().to(wide))) for variant, block in updates]
     step = math.lcm(*(variant.row_step(block) for variant, block in blocks))
     count = math.ceil(len(weight) / fold_parts(weight) / step) * step
     size = min(count, len(weight)), weight.shape[1]
-    # a part is written by one call, when all memory for it is taken: where there is none, a weight of one part is whole
+    # all memory is taken before the first write: where there is none, the weight is whole
     take = functools.partial(_take, {} if scratch is None else scratch, size, wide, weight.device)
     summed = take("summed") if weight.dtype != wide or len(blocks) > 1 else None
     origin = take("origin") if any(variant.reads_weight for variant, _ in blocks) else None
+    product = None if origin is None else take("product")
     for start in range(0, len(weight), max(count, 1)):
         part = weight[start : start + count]
         merged = part if summed is None else summed[: len(part)].copy_(part)
         base = merged if origin is None else origin[: len(part)].copy_(merged)
         for variant, block in blocks:
-            variant.add_delta_(merged, base, variant.rows_of(block, start, start + len(part)))
+            rows = variant.rows_of(block, start, start + len(part))
+            variant.add_delta_(merged, base, rows, None if product is None else product[: len(part)])
         if summed is not None:
             part.copy_(merged)
 

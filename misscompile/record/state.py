@@ -7,7 +7,9 @@ model is an adapted model too.
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +21,9 @@ from misscompile.record.words import Adapter, Block
 STATE = "_miss"
 """Name of the attribute of an owner that holds its `OwnerState`."""
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by size in bytes."""
+
 
 @dataclasses.dataclass
 class Kept:
@@ -26,8 +31,8 @@ class Kept:
 
     value: Tensor | None
     """None where the module had no such tensor."""
-    version: tuple[int, int] = (0, 0)
-    """`tensor_version` of what stands in its place; a later change of that shows in it."""
+    merged: tuple[int, ...] | None
+    """`fingerprint` of what the merge put in its place, which tells whether that was changed; None for nothing."""
 
 
 @dataclasses.dataclass
@@ -123,8 +128,11 @@ def base_class_of(module: nn.Module) -> type[nn.Module]:
 
 
 def copy_name(adapter: str, tensor: str) -> str:
-    """Name under which the copy of `tensor` that an adapter trains is registered on the tensor's module."""
-    return f"miss_copy_{adapter}_{tensor}"
+    """Name under which the copy of `tensor` that an adapter trains is registered on the tensor's module.
+
+    No adapter's name holds a colon, so that `a` on `c_bias` and `a_c` on `bias` stay apart.
+    """
+    return f"miss_copy_{adapter}:{tensor}"
 
 
 def base_tensor(owner: nn.Module, name: str) -> Tensor:
@@ -135,42 +143,26 @@ def base_tensor(owner: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def tensor_version(tensor: Tensor) -> tuple[int, int]:
-    """`(id, _version)`, which changes with every in-place write that autograd knows of: none of an inference tensor."""
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+def fingerprint(tensor: Tensor) -> tuple[int, ...]:
+    """What changes with the values of a tensor: checksums of the sums of its words by row and by column.
+
+    A write through `.data` leaves the version of a tensor alone, and a copy or an assigned tensor of the same values is
+    another object. A second copy of the values to compare with would take as much memory as they do.
+    """
+    rows = tensor.detach().reshape(len(tensor) if tensor.dim() > 1 else 1, -1).contiguous()
+    size = math.gcd(rows.shape[1] * rows.element_size(), rows.storage_offset() * rows.element_size(), 8)
+    words = rows.view(_WORDS[size])
+    return tuple(zlib.crc32(words.sum(axis).cpu().numpy().tobytes()) for axis in (0, 1))
+
+
+def merged_tensor(kept: Kept, owner: nn.Module, name: str) -> Tensor | None:
+    """What a merge put in the place of a kept tensor, if anything; inside `disable_adapter` the two are exchanged."""
+    return kept.value if vars(owner)[STATE].disabled else owner._parameters.get(name, owner._buffers.get(name))
 
 
 def is_current(kept: Kept, owner: nn.Module, name: str) -> bool:
-    """Whether what a merge wrote in the place of a kept tensor is as it wrote it."""
-    held = owner._parameters.get(name, owner._buffers.get(name))
-    if held is None:
-        return True
-    now = tensor_version(held)
-    return kept.version[0] != now[0] or kept.version == now  # the tensor of a copied or loaded model has counts of its own
-
-
-@torch.no_grad()
-def swap_kept(owner: nn.Module) -> None:
-    """Exchange what a merge wrote on `owner` with what it kept of the base, bit for bit.
-
-    On an ordinary module the values are exchanged in place. A graph shares its parameters with the model that it was made
-    from: there the parameters themselves are exchanged.
-    """
-    state: OwnerState = vars(owner)[STATE]
-    for name, kept in state.kept.items():
-        if state.in_graph and name not in owner._buffers:
-            held = owner._parameters.get(name)
-            if kept.value is None:
-                del owner._parameters[name]
-            else:
-                assert isinstance(kept.value, nn.Parameter)
-                owner._parameters[name] = kept.value
-            kept.value = held
-        else:
-            assert kept.value is not None
-            tensor = base_tensor(owner, name)
-            held_values = tensor.detach().clone()
-            tensor.copy_(kept.value)
-            kept.value.copy_(held_values)
-        now = owner._parameters.get(name, owner._buffers.get(name))
-        kept.version = (0, 0) if now is None else tensor_version(now)
+    """Whether what a merge put in the place of a kept tensor has the values that it wrote."""
+    held = merged_tensor(kept, owner, name)
+    if held is None or kept.merged is None:
+        return held is None and kept.merged is None
+    return held.is_meta or fingerprint(held) == kept.merged

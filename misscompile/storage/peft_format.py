@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -116,6 +117,7 @@ def read_entries(path: Path) -> list[Entry]:
         return [Entry(path, key, tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()]
 
 
+@torch.inference_mode(False)  # a block may be the tensor that was read
 def read_tensors(entries: Mapping[K, Entry]) -> dict[K, Tensor]:
     """The tensors of entries of one file, mapped into memory."""
     if not entries:

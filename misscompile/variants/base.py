@@ -41,11 +41,16 @@ class Variant(abc.ABC):
         return self.add_delta_(torch.zeros_like(weight), weight, block.to(weight.dtype))
 
     @abc.abstractmethod
-    def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+    def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor, product: Tensor | None = None) -> Tensor:
         """Add ΔW of `weight (rows, in)` in place to `merged (rows, in)` and return it; all of one floating dtype.
 
-        `block` is that of these rows: `rows_of`.
+        `block` is that of these rows: `rows_of`. With a block from `laid_out`, and `product (rows, in)` to write to where
+        `reads_weight`, no memory is taken.
         """
+
+    def laid_out(self, block: Tensor) -> Tensor:
+        """The same block, in the order in memory in which `add_delta_` reads it."""
+        return block.contiguous()
 
     @abc.abstractmethod
     def rows_of(self, block: Tensor, start: int, stop: int) -> Tensor:
@@ -73,7 +78,10 @@ class SummedVariant(Variant):
     The block is `D (r, c)`, where `c` divides `out`: as operations, `s D` is added to each group of `c` outputs.
     """
 
-    def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+    def laid_out(self, block: Tensor) -> Tensor:
+        return block.t().contiguous().t()
+
+    def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor, product: Tensor | None = None) -> Tensor:
         (r, c), rows = block.shape, block.t().contiguous()
         n, rest = divmod(merged.shape[1], r)
         by_group = torch.unflatten(merged, 0, (-1, c))

@@ -26,9 +26,9 @@ class Bat(Variant):
             return "r", f"'bat' needs an r that divides in and out, r={r} does not; r of {would} would do"
         return super().shape_problem(r, mini_r, in_features, out_features)
 
-    def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+    def add_delta_(self, merged: Tensor, weight: Tensor, block: Tensor, product: Tensor | None = None) -> Tensor:
         r = block.shape[-1]
-        product = torch.bmm(row_shards(weight, r), block)
+        product = torch.bmm(row_shards(weight, r), block, out=None if product is None else row_shards(product, r))
         by_shard(product, r).add_(block.unsqueeze(2))
         return merged.add_(product.view(merged.shape))
 

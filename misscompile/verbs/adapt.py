@@ -74,9 +74,9 @@ def adapt(
 
 def install_plan(host: Host, plan: Plan) -> None:
     """Carry out a complete plan, all or nothing, and tell what it passed over."""
-    with transaction(plan.modules, [*(target.owner for target in plan.targets), *plan.copies]) as parameters:
+    with transaction(plan.modules, [*(target.owner for target in plan.targets), *plan.copies]) as undo:
         register_blocks(host, plan)
-        for parameter in parameters:
+        for parameter in undo.parameters:
             parameter.requires_grad = False  # the method of this name refuses uninitialised parameters
         adapted = {name: module for module, name in plan.modules.items() if STATE in vars(module)}
         adapted |= {target.name: target.owner for target in plan.targets}

@@ -10,22 +10,25 @@ import torch
 from torch import nn
 
 from misscompile.errors import MergeError, MissWarning, StateError
-from misscompile.hosts.base import check_copies_unshared
+from misscompile.hosts.base import check_copies_finite, check_copies_unshared
 from misscompile.hosts.opening import (
     check_graphs_whole,
     forget_kept,
     hosts_in,
     open_adapted,
+    parts_of_graphs,
     refresh,
     refresh_graphs,
     swap_merged,
 )
-from misscompile.hosts.owner_class import check_classes, restore_owner
+from misscompile.hosts.owner_class import check_classes, remove_from_owner, restore_owner
 from misscompile.hosts.recover import holds_exported_adapters
 from misscompile.record.state import STATE, is_current
+from misscompile.record.transaction import transaction
 from misscompile.record.walk import (
     adapters_of,
     check_enabled,
+    named_modules,
     owner_states,
     owners,
     require_adapters,
@@ -51,14 +54,16 @@ def merge(
         weights of a graph are new parameters: the values that it shares with another model are not written.
 
     Raises:
-        MergeError: a result is not finite although the weight was, or a weight cannot be folded because its module's
-            forward is opaque, it is on the meta device or offloaded, or a module or a call that is not adapted shares it.
-            Nothing is changed then.
+        MergeError: a result is not finite although the base's was, or a weight cannot be folded because its module's
+            forward is opaque, it is on the meta device or offloaded, or something reads its memory on which not the same
+            blocks act. Nothing is changed then.
         StateError: the model has no adapter, is merged already, or is inside `disable_adapter`; or two of the adapters
             train one tensor in full.
         UnknownAdapterError: a name is not on the model.
 
-    If it is interrupted, each module is either merged and plain or still adapted: the model computes the same.
+    Whatever else it raises, the model is as it was. There is one exception, since there is no second copy of the weights
+    then: on a module tree and without `keep_adapters`, each module is either merged and plain or still adapted. The model
+    computes the same, and merging again finishes it.
     """
     exported = holds_exported_adapters(model)
     root = open_adapted(model, "merge")
@@ -67,19 +72,21 @@ def merge(
     check_classes(adapted)
     check_graphs_whole(root, adapted, "merge")
     check_copies_unshared(root, names)
+    check_copies_finite(root, names)
     hosts = hosts_in(root)
     folds = [host.plan_folds(names, keep_adapters) for host in hosts]
     for fold in itertools.chain(*folds):
         fold.check()  # every result is known to be as finite as its weight before the first weight changes
-    for host, planned in zip(hosts, folds, strict=True):
-        host.write_folds(planned, names, keep_adapters)
-    if adapter_names is None and not keep_adapters:
-        left = [name for name in adapters_of(root) if name not in names]
-        for name, owner in owners(root).items():
-            restore_owner(owner, name)
-        if left:
-            warnings.warn(f"merge removed the inactive adapters {left} without folding them.", MissWarning, stacklevel=2)
-    refresh_graphs(root)
+    removed = [name for name in adapters_of(root) if adapter_names is None and not keep_adapters and name not in names]
+    if removed:  # a filter may turn the warning into an error
+        warnings.warn(f"merge removed the inactive adapters {removed} without folding them.", MissWarning, stacklevel=2)
+    with transaction(named_modules(root).values(), parts_of_graphs(root)) as undo:
+        for name, owner in adapted.items():
+            if removed:
+                remove_from_owner(owner, removed, name)
+        for host, planned in zip(hosts, folds, strict=True):
+            host.write_folds(planned, names, keep_adapters, undo)
+        refresh_graphs(root)
     return root if exported else model  # type: ignore[return-value]
 
 
@@ -91,7 +98,7 @@ def unmerge(model: M) -> M:
 
     Raises:
         StateError: nothing is merged, or the model is inside `disable_adapter`.
-        MergeError: a weight was changed since it was merged, so that its base is no longer the kept one.
+        MergeError: a weight has other values than the merge gave it, so that its base is no longer the kept one.
     """
     root = unwrap_model(model)
     check_enabled(owner_states(root), "unmerge")
@@ -106,12 +113,13 @@ def unmerge(model: M) -> M:
                     f"{name}: its {tensor} was changed after it was merged, so unmerge would throw that change away. "
                     "Load the merged values again, then call unmerge; or load the base weights after unload(model)."
                 )
-    swap_merged(root, adapted)
-    forget_kept(root)
-    for name, owner in adapted.items():
-        if not vars(owner)[STATE].adapters:  # it held a weight of a graph, and no block
-            restore_owner(owner, name)
-    refresh(root, {name: owner for name, owner in adapted.items() if STATE in vars(owner)})
+    with transaction(named_modules(root).values(), parts_of_graphs(root)) as undo:
+        swap_merged(root, adapted, undo)
+        forget_kept(root)
+        for name, owner in adapted.items():
+            if not vars(owner)[STATE].adapters:  # it held a weight of a graph, and no block
+                restore_owner(owner, name)
+        refresh(root, {name: owner for name, owner in adapted.items() if STATE in vars(owner)})
     return model
 
 

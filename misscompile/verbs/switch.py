@@ -10,7 +10,14 @@ from typing import TypeVar
 from torch import nn
 
 from misscompile.errors import ArgumentError, MissWarning, StateError
-from misscompile.hosts.opening import check_graphs_whole, forget_kept, refresh, refresh_graphs, swap_merged
+from misscompile.hosts.opening import (
+    check_graphs_whole,
+    forget_kept,
+    parts_of_graphs,
+    refresh,
+    refresh_graphs,
+    swap_merged,
+)
 from misscompile.hosts.owner_class import check_classes, remove_from_owner, restore_owner
 from misscompile.record.state import STATE, OwnerState, base_tensor
 from misscompile.record.transaction import transaction
@@ -60,7 +67,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     names = require_adapters(root, adapter_name)
     adapted = _changeable_owners(root, "set_adapter")
     check_copies_apart(owner_states(root), names)
-    with transaction(named_modules(root).values()):
+    with transaction(named_modules(root).values(), parts_of_graphs(root)):
         activate(root, adapted, names)
         _train_active(adapted.values())
 
@@ -75,7 +82,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     root = unwrap_model(model)
     require_adapter(root, adapter_name)
     adapted = _changeable_owners(root, "delete_adapter")
-    with transaction(named_modules(root).values()):
+    with transaction(named_modules(root).values(), parts_of_graphs(root)):
         for name, owner in adapted.items():
             remove_from_owner(owner, [adapter_name], name)
         refresh_graphs(root)
@@ -141,8 +148,8 @@ def unload(model: M) -> M:
     check_enabled(owner_states(root), "unload")
     check_classes(adapted)
     check_graphs_whole(root, adapted, "unload")
-    with transaction(named_modules(root).values()):
-        swap_merged(root, adapted)
+    with transaction(named_modules(root).values(), parts_of_graphs(root)) as undo:
+        swap_merged(root, adapted, undo)
         forget_kept(root)
         for name, owner in adapted.items():
             restore_owner(owner, name)
@@ -194,15 +201,16 @@ def _train_active(adapted: Iterable[nn.Module]) -> None:
 
 def _shift_disabled(model: nn.Module, adapted: Mapping[str, nn.Module], step: int) -> None:
     """Count a context in or out around these owners, and switch those for which it is the first or the last."""
-    changed = {}
-    for name, owner in adapted.items():
-        state: OwnerState = vars(owner)[STATE]
-        was_disabled, state.disabled = state.disabled > 0, state.disabled + step
-        if was_disabled != (state.disabled > 0):
-            changed[name] = owner
-    if changed:
-        swap_merged(model, changed)
-        refresh(model, changed)
+    with transaction(adapted.values(), parts_of_graphs(model)) as undo:
+        changed = {}
+        for name, owner in adapted.items():
+            state: OwnerState = vars(owner)[STATE]
+            was_disabled, state.disabled = state.disabled > 0, state.disabled + step
+            if was_disabled != (state.disabled > 0):
+                changed[name] = owner
+        if changed:
+            swap_merged(model, changed, undo)
+            refresh(model, changed)
 
 
 def _module(model: object) -> nn.Module:

@@ -41,7 +41,7 @@ def trained_by_us(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for name, parameter in mc.trainable_parameters(model):
         path, _, own = name.rpartition(".")
-        copied = own.removeprefix("miss_copy_default_")
+        copied = own.removeprefix("miss_copy_default:")
         if own == "miss_block_default":
             key = f"{path}.miss_block"
         else:
