@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -125,6 +125,10 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def block_names(self) -> dict[str, str]:
         """Every name under which a file may hold a block of this model, with the name of the target that it is for."""
+
+    def are_calls(self, blocks: Iterable[str]) -> bool:
+        """Whether blocks of these targets act on one call of a weight each."""
+        return False
 
     def notes(self, targets: Sequence[Target]) -> list[str]:
         """What a user should know of an adapter on these targets, beside what was refused."""

@@ -23,7 +23,7 @@ from misscompile.hosts.whole_graph import (
     copy_graph,
     copy_nodes,
     inline_graph,
-    keep_persistence,
+    keep_structure,
 )
 from misscompile.passes.runner import BOTH_MODES, run_passes
 from misscompile.record.walk import owners, unwrap_model
@@ -84,7 +84,7 @@ def capture(
 def _whole_graph(root: nn.Module, module: fx.GraphModule, graph: fx.Graph, follows: bool) -> WholeGraph:
     """A whole graph with its record, in the mode of the captured model, whose parameters train as the model's do."""
     captured = WholeGraph(module, graph)
-    keep_persistence(captured, root)
+    keep_structure(captured, root)
     captured.training = root.training
     captured = copy_graph(captured)
     captured.meta[RECORD] = GraphRecord(
@@ -174,6 +174,7 @@ def _export(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
             f"torch.export cannot follow {type(root).__name__}{where}: {type(error).__name__}: {reason} Rewrite that call, "
             "give other example inputs, or adapt the module itself: misscompile.adapt(model, config) needs no whole graph."
         ) from error
+    keep_structure(module, root)
     inline_graph(module)
     return module
 

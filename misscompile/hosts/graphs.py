@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
 from misscompile.hosts.base import Fold, Host, check_staying, write_copies
 from misscompile.hosts.owner_class import before_and_after, finish_owner, refresh_owner
-from misscompile.hosts.whole_graph import WholeGraph, base_scope, copy_nodes, home_of, record_of, require_container
+from misscompile.hosts.whole_graph import (
+    WholeGraph,
+    base_scope,
+    copy_nodes,
+    home_of,
+    other_name,
+    record_of,
+    require_container,
+)
 from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import find_sites, other_readers, sites_by_name
 from misscompile.passes.linear_calls import target_name
@@ -39,6 +47,7 @@ class GraphHost(Host):
     def __init__(self, root: WholeGraph, per_call_site: bool = False) -> None:
         super().__init__(root)
         self.per_call_site = per_call_site
+        self._looked_at: set[str] = set()
 
     def result(self, model: Any) -> Any:
         return self.root
@@ -97,6 +106,10 @@ class GraphHost(Host):
         return [*self.scope.refusals, *(Refusal(name, "linear", reason.format(tied[name])) for name in tied)]
 
     def look(self, name: str, block: Block) -> list[Target | Refusal]:
+        name = self._canonical(name)
+        if name in self._looked_at:
+            return []
+        self._looked_at.add(name)
         if name not in self.calls:
             inside = [call for call in self.calls if call.startswith((f"{name}.", f"{name}#"))]
             hint = f" (linears inside: {', '.join(inside[:_SHOWN])})" if inside else ""
@@ -111,12 +124,24 @@ class GraphHost(Host):
             owner = call_name(name, index) if own else home_of(self.root, name)
             weight = self.stored_weight(name, site)
             shared = (id(weight), site.path.view, owner if own else "")
-            container = require_container(self.root, owner)
-            targets.append(Target(owner, container, site.in_features, site.out_features, block, weight, shared))
+            container, sizes = require_container(self.root, owner), (site.in_features, site.out_features)
+            stands_for = other_name(owner, name)
+            targets.append(Target(owner, container, *sizes, block, weight, shared, stands_for=stands_for))
         return targets
+
+    def _canonical(self, name: str) -> str:
+        """The first name of a module that has several; every other name as it is."""
+        module = self.modules.get(name)
+        return name if module is None else self.canonical[module]
 
     def _check_sharing(self, name: str, calls: list[Site], own: bool) -> None:
         """Refuse an adapter that shares what another one does not: a call has one owner."""
+        taken = [call_name(name, index) for index in range(len(calls)) if own and call_name(name, index) in self.calls]
+        if taken:
+            raise UnsupportedModuleError(
+                f"{name}: a block for each of its calls would be held by {taken[0]!r}, which is a linear of the model. Use "
+                "per_call_site=False, or rename that module."
+            )
         for other in [home_of(self.root, name)] if own else [call_name(name, index) for index in range(len(calls))]:
             state = owner_state(self.root, other)
             if state is not None and state.blocks:
@@ -128,14 +153,23 @@ class GraphHost(Host):
 
     def block_names(self) -> dict[str, str]:
         own = [call_name(name, index) for name, calls in self.calls.items() for index in range(len(calls))]
-        homes = {name: home_of(self.root, name) for name in self.names()}
+        homes = {name: home_of(self.root, self._canonical(name)) for name in self.names()}
         return {name: name for name in (*homes.values(), *own)} | homes
 
+    def are_calls(self, blocks: Iterable[str]) -> bool:
+        return any(self._call_of(owner) is not None for owner in blocks)
+
     def sites_of(self, owner: str) -> list[Site]:
-        name, mark, call = owner.rpartition("#")
-        if not mark or owner in self.calls:
-            return self.calls[owner]
-        return [self.calls[name][int(call)]] if call else self.calls[name]
+        if (call := self._call_of(owner)) is not None:
+            return [call]
+        return self.calls[owner if owner in self.calls else owner.removesuffix("#")]
+
+    def _call_of(self, owner: str) -> Site | None:
+        """The call that an owner is of, where each call of the weight has one."""
+        name, _, number = owner.rpartition("#")
+        if owner in self.calls or not number.isdecimal() or int(number) >= len(self.calls.get(name, ())):
+            return None
+        return self.calls[name][int(number)]
 
     def kind_of(self, owner: str) -> str:
         sites = self.sites_of(owner)

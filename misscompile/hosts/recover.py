@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from misscompile.hosts.owner_class import refresh_owner
-from misscompile.hosts.whole_graph import WholeGraph, derive_graph, home_of, record_of
+from misscompile.hosts.whole_graph import WholeGraph, derive_graph, home_of, other_name, record_of
 from misscompile.passes.find_sites import sites_by_name
 from misscompile.passes.follow_mode import frozen_mode
 from misscompile.passes.runner import RECOVER, run_passes
@@ -60,6 +60,7 @@ def recover_adapters(root: WholeGraph) -> None:
         state = vars(owner).get(STATE)
         if state is None:
             state = OwnerState(type(owner), (site.in_features, site.out_features), in_graph=True)
+            state.stands_for = other_name(owner_name, site.owner)
             vars(owner)[STATE] = state
         state.blocks[adapter_name], state.adapters[adapter_name] = block, adapters[adapter_name]
         state.active = (*state.active, adapter_name)

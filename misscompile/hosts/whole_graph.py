@@ -24,7 +24,7 @@ from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import ADAPT, CAPTURE, run_passes
 from misscompile.passes.unshare_weights import call_name
 from misscompile.record.state import STATE
-from misscompile.record.walk import owner_state, owner_states
+from misscompile.record.walk import find_module, owner_state, owner_states
 from misscompile.record.words import Scope
 
 RECORD = "misscompile"
@@ -79,7 +79,7 @@ class WholeGraph(fx.GraphModule):
     def __deepcopy__(self, memo: Any) -> WholeGraph:
         copied = super().__deepcopy__(_copy_graphs_once(self, memo))
         assert isinstance(copied, WholeGraph)
-        keep_persistence(copied, self)
+        keep_structure(copied, self)
         if any(state.disabled for state in owner_states(self).values()):  # the context will not come back for the copy
             swap_base(copied)
             derive_graph(copied)
@@ -112,13 +112,15 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
     """
     module: Any = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     shared: dict[int, Any] = {}
+    by_place: dict[Any, nn.Parameter] = {}
     for held_by in module.modules():
         state = vars(held_by).get(STATE)
         ours = state.all_registered() if state else ()
         for name, parameter in held_by._parameters.items():
             if parameter is not None:
                 values = parameter.detach().clone() if name in ours else parameter.detach()
-                shared.setdefault(id(parameter), nn.Parameter(values, requires_grad=False))
+                made = nn.Parameter(values, requires_grad=False)
+                shared.setdefault(id(parameter), by_place.setdefault(_place(made), made))
     held = vars(module)
     patched = {name: held.pop(name) for name in ("train", "eval") if name in held}  # torch.export forbids both by instance
     try:
@@ -131,12 +133,20 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
         raise ArgumentError(f"model: expected a GraphModule or an ExportedProgram, found {type(model).__name__}.")
     inline_graph(copied)
     root = WholeGraph(copied, copied.graph)
-    keep_persistence(root, module)
+    keep_structure(root, module)
     root.training = module.training
     root.meta = dict(getattr(copied, "meta", {}))
     graph = copy_nodes(copied.graph)
     root.meta[RECORD] = GraphRecord(graph, frozen_mode(graph), outputs=_exported_output_names(graph))
     return root
+
+
+def _place(parameter: nn.Parameter) -> object:
+    """What two parameters have in common if they hold the same values: `torch.export.load` ties no others."""
+    if type(parameter) is not nn.Parameter or parameter.layout != torch.strided or not parameter.numel():
+        return parameter
+    storage = parameter.untyped_storage()._cdata
+    return storage, parameter.storage_offset(), parameter.shape, parameter.stride(), parameter.dtype
 
 
 def inline_graph(module: fx.GraphModule) -> None:
@@ -157,12 +167,21 @@ def copy_nodes(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def keep_persistence(copied: nn.Module, source: nn.Module) -> None:
-    """Let the same buffers be left out of the `state_dict` as in `source`; a `GraphModule` forgets which those are."""
-    modules = dict(copied.named_modules(remove_duplicate=False))
+def keep_structure(copied: nn.Module, source: nn.Module) -> None:
+    """Let `copied` have what a `GraphModule` forgets of `source`.
+
+    A module that has several names there has them here, and the same buffers are left out of the `state_dict`.
+    """
+    first: dict[nn.Module, str] = {}
     for name, module in source.named_modules(remove_duplicate=False):
-        if name in modules:
-            modules[name]._non_persistent_buffers_set = module._non_persistent_buffers_set & set(modules[name]._buffers)
+        same = first.setdefault(module, name)
+        kept = find_module(copied, same)
+        if kept is None:
+            continue
+        if same != name:
+            parent, _, last = name.rpartition(".")
+            require_container(copied, parent)._modules[last] = kept
+        kept._non_persistent_buffers_set = module._non_persistent_buffers_set & set(kept._buffers)
 
 
 def base_scope(root: WholeGraph) -> Scope:
@@ -188,12 +207,15 @@ def derive_graph(root: WholeGraph) -> None:
 
 
 def home_of(root: nn.Module, name: str) -> str:
-    """The module that holds the block of a site: that of its name, or one beside the parameter that has this name itself."""
+    """The module that holds the block of a site: that of its name, or one beside the root or parameter of this name."""
     parent, _, last = name.rpartition(".")
-    holder: nn.Module | None = root
-    for part in parent.split(".") if parent else ():
-        holder = holder._modules.get(part) if holder is not None else None
-    return f"{name}#" if holder is not None and last in holder._parameters else name
+    holder = find_module(root, parent)
+    return f"{name}#" if not name or (holder is not None and last in holder._parameters) else name
+
+
+def other_name(owner: str, site: str) -> str | None:
+    """The last segment of a site's name where the module that holds its block has another one, else None."""
+    return None if owner == site else site.rpartition(".")[2]
 
 
 def require_container(root: nn.Module, name: str) -> nn.Module:

@@ -48,6 +48,8 @@ class OwnerState:
     """Whether blocks act in a graph above the module, and not in a forward of its own."""
     foreign_forward: Any = None
     """An instance attribute `forward` that somebody else had put on the module."""
+    stands_for: str | None = None
+    """The last segment of its site's name, where the module was made for its blocks alone (`table#`, `step#0`)."""
 
     def effective_blocks(self) -> tuple[Block, ...]:
         """The blocks that act now, in the order of activation."""

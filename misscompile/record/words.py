@@ -134,6 +134,8 @@ class Target:
     """Targets with the same value share one block: those of one weight."""
     scope: Scope | None = None
     """That of the owner's forward, where blocks act in it."""
+    stands_for: str | None = None
+    """The last segment of the name that the rules chose, where the owner has another one."""
 
 
 @dataclasses.dataclass
