@@ -33,7 +33,7 @@ def name_reads(scope: Scope) -> int:
     for node in [node for node in scope.graph.nodes if node.op == "get_attr"]:
         held_as = names.get(id(find_parameter(scope.root, node.target)), [node.target])
         for user in list(node.users) if held_as != [node.target] else ():
-            name = _name_for(user, held_as, canonical)
+            name = _name_for(user, str(node.target), held_as, canonical)
             if name != node.target:
                 user.replace_input_with(node, _read(scope.graph, reads, name, node))
                 renamed.append(node)
@@ -55,15 +55,18 @@ def _names_by_tensor(modules: dict[nn.Module, str]) -> dict[int, list[str]]:
     return names
 
 
-def _name_for(user: fx.Node, names: list[str], canonical: dict[str, str]) -> str:
-    """The name of a tensor in the innermost module around a call that holds it, or has a module inside that does."""
+def _name_for(user: fx.Node, read: str, names: list[str], canonical: dict[str, str]) -> str:
+    """The name of a tensor in the innermost module around a call that holds it, or has modules inside that do.
+
+    Of several inside, the one that the graph reads, or the first.
+    """
     for path, _ in reversed(module_stack(user)):
-        inside = canonical.get(path, path)
-        prefix = f"{inside}." if inside else ""
-        for name in names:
-            if name.startswith(prefix):
-                return name
-    return names[0]
+        module = canonical.get(path, path)
+        prefix = f"{module}." if module else ""
+        inside = [name for name in names if name.startswith(prefix)]
+        if inside:
+            return read if read in inside else inside[0]
+    return read if read in names else names[0]
 
 
 def _read(graph: fx.Graph, reads: dict[str, fx.Node], name: str, like: fx.Node) -> fx.Node:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import linecache
 import os
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -104,7 +106,7 @@ def _export_both_modes(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> tuple[fx.GraphModule, fx.Graph, bool]:
     """The exported module in the present mode, a graph that follows the mode where one can, and whether it does."""
-    with _ready_for_export(root):
+    with _unchanged(root), _ready_for_export(root):
         module = _export(root, args, kwargs, dynamic_shapes)
         graph = copy_nodes(module.graph)
         other: fx.Graph | None = None
@@ -217,6 +219,24 @@ def _ready_for_export(root: nn.Module) -> Iterator[None]:
             config.use_cache = True
         for parameter in frozen:
             parameter.requires_grad = False
+
+
+@contextlib.contextmanager
+def _unchanged(root: nn.Module) -> Iterator[None]:
+    """Whatever a forward assigns to its module, or to a container on it, is a value of the trace: it is put back."""
+    saved: dict[int, tuple[Any, Any]] = {}
+    todo: list[Any] = [vars(module) for module in root.modules()]
+    while todo:
+        held = todo.pop()
+        if type(held) in (dict, OrderedDict, list, set) and id(held) not in saved:
+            saved[id(held)] = held, copy.copy(held)
+            todo += held.values() if isinstance(held, dict) else held
+    try:
+        yield
+    finally:
+        for held, before in saved.values():
+            held.clear()
+            held.extend(before) if isinstance(held, list) else held.update(before)
 
 
 @contextlib.contextmanager

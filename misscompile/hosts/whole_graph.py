@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -18,19 +18,27 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from misscompile.errors import ArgumentError, StateError
+from misscompile.hosts.graph_pickle import is_guards, read_graph, read_guards, write_graph, write_guards
 from misscompile.passes.find_sites import find_sites, sites_by_name
 from misscompile.passes.follow_mode import frozen_mode
 from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import ADAPT, CAPTURE, run_passes
 from misscompile.passes.unshare_weights import call_name
 from misscompile.record.state import STATE
-from misscompile.record.walk import find_module, owner_state, owner_states
-from misscompile.record.words import Scope
+from misscompile.record.walk import find_module, owner_states
+from misscompile.record.words import Block, Scope
 
 RECORD = "misscompile"
 """Key in `GraphModule.meta` of the `GraphRecord`."""
 
 _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection")
+
+
+Acting = tuple[fx.Graph, tuple[tuple[str, tuple[Block, ...]], ...]]
+"""A base graph, and the blocks that act on it by owner."""
+
+_COMPILED = ("_graph", "_code", "_lineno_map", "_prologue_start")
+"""What `GraphModule.recompile` makes of a graph, beside the function `forward` of the class."""
 
 
 @dataclasses.dataclass
@@ -48,6 +56,10 @@ class GraphRecord:
     """Names of the output embedding."""
     kept_base: fx.Graph | None = None
     """The base graph as it was before a merge that can be undone, where that merge changed it."""
+    acting: Acting | None = None
+    """What the graph that runs was derived from; None where it was not derived."""
+    derived: dict[Acting, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Each graph that ran before, with its compiled code: a set that acts again recompiles nothing."""
 
 
 class WholeGraph(fx.GraphModule):
@@ -84,6 +96,40 @@ class WholeGraph(fx.GraphModule):
             swap_base(copied)
             derive_graph(copied)
         return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if RECORD not in self.meta:
+            return super().__reduce__()
+        record, held = record_of(self), {"_parameters": self._parameters, "_buffers": self._buffers}
+        modules = {name: None if is_guards(module) else module for name, module in self._modules.items()}
+        guards = {name: write_guards(module) for name, module in self._modules.items() if module and is_guards(module)}
+        plain = {"training": self.training, "_non_persistent_buffers_set": self._non_persistent_buffers_set}
+        graphs = [None if graph is None else write_graph(graph) for graph in (record.base, record.kept_base)]
+        told = (record.mode, record.model_type, record.name_or_path, record.outputs)
+        disabled = any(state.disabled for state in owner_states(self).values())
+        return _unpickle, (held | {"_modules": modules}, guards, plain, graphs, told, disabled)
+
+
+def _unpickle(
+    held: dict[str, dict[str, Any]],
+    guards: dict[str, Any],
+    plain: dict[str, Any],
+    graphs: list[Any],
+    told: tuple[Any, ...],
+    disabled: bool,
+) -> WholeGraph:
+    held["_modules"] |= {name: read_guards(written) for name, written in guards.items()}
+    source = nn.Module()
+    vars(source).update(held)
+    base, kept = (None if written is None else read_graph(written) for written in graphs)
+    assert base is not None
+    root = WholeGraph(source, copy_nodes(base))
+    vars(root).update(held | plain)
+    root.meta[RECORD] = GraphRecord(base, *told, kept_base=kept)
+    if disabled:
+        swap_base(root)
+    derive_graph(root)
+    return root
 
 
 def record_of(root: WholeGraph) -> GraphRecord:
@@ -193,17 +239,37 @@ def base_scope(root: WholeGraph) -> Scope:
 
 def derive_graph(root: WholeGraph) -> None:
     """Make the graph of `root` that of its base with the blocks that act now."""
-    scope = base_scope(root)
-    for name, calls in sites_by_name(scope).items():
-        for index, site in enumerate(calls):
-            for owner in (home_of(root, name), call_name(name, index)):
-                state = owner_state(root, owner)
-                if state is not None and state.shape is not None and state.blocks:
-                    site.blocks, site.owner = state.effective_blocks(), owner
-    run_passes(ADAPT, scope)
-    root.graph = scope.graph
-    root.recompile()
+    record = record_of(root)
+    states = owner_states(root)
+    blocks = {name: found for name, state in states.items() if (found := state.effective_blocks())}
+    acting = record.base, tuple(blocks.items())
+    if acting != record.acting:
+        if record.acting is not None:
+            record.derived[record.acting] = {key: vars(root)[key] for key in _COMPILED} | {"forward": type(root).forward}
+        _drop_derived(record, {(name, block) for name, state in states.items() for block in state.blocks.values()})
+        if acting in record.derived:
+            compiled = dict(record.derived[acting])
+            type(root).forward = compiled.pop("forward")
+            vars(root).update(compiled)
+        else:
+            scope = base_scope(root)
+            for name, calls in sites_by_name(scope).items():
+                for index, site in enumerate(calls):
+                    for owner in (home_of(root, name), call_name(name, index)):
+                        if owner in blocks:
+                            site.blocks, site.owner = blocks[owner], owner
+            run_passes(ADAPT, scope)
+            root.graph = scope.graph
+        record.acting = acting
     _drop_empty_containers(root)
+
+
+def _drop_derived(record: GraphRecord, blocks: Collection[tuple[str, Block]]) -> None:
+    """Forget the graphs of other bases, and of blocks that are not registered any more."""
+    bases = (record.base, record.kept_base)
+    for base, acting in list(record.derived):
+        if base not in bases or any((name, block) not in blocks for name, found in acting for block in found):
+            del record.derived[base, acting]
 
 
 def home_of(root: nn.Module, name: str) -> str:
@@ -249,6 +315,7 @@ def _copy_graphs_once(module: fx.GraphModule, memo: dict[int, Any]) -> dict[int,
     graphs = [module.graph]
     if isinstance(module, WholeGraph) and RECORD in module.meta:
         record = record_of(module)
+        memo[id(record.derived)] = {}
         graphs += [graph for graph in (record.base, record.kept_base) if graph is not None]
     for graph in graphs:
         memo.setdefault(id(graph), copy_nodes(graph))
