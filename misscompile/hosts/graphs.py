@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
-from misscompile.hosts.base import Fold, Host, check_staying, write_copies
+from misscompile.hosts.base import Fold, Host, check_staying, has_attribute, write_copies
 from misscompile.hosts.owner_class import before_and_after, finish_owner, refresh_owner
 from misscompile.hosts.whole_graph import (
     WholeGraph,
@@ -125,6 +125,9 @@ class GraphHost(Host):
             weight = self.stored_weight(name, site)
             shared = (id(weight), site.path.view, owner if own else "")
             container, sizes = require_container(self.root, owner), (site.in_features, site.out_features)
+            if has_attribute(container, block.parameter):
+                targets.append(Refusal(name, target_name(site.node), f"it already has an attribute {block.parameter!r}"))
+                continue
             stands_for = other_name(owner, name)
             targets.append(Target(owner, container, *sizes, block, weight, shared, stands_for=stands_for))
         return targets

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from misscompile.errors import MergeError
-from misscompile.hosts.base import Fold, Host, Part, check_staying, write_copies
+from misscompile.hosts.base import Fold, Host, Part, check_staying, has_attribute, write_copies
 from misscompile.hosts.owner_class import (
     REWRITE,
     before_and_after,
@@ -104,7 +104,7 @@ class ModuleHost(Host):
             return "its shape is not known yet; run the model once on real input first"
         if getattr(vars(owner).get("_hf_hook"), "offload", False):
             return "accelerate offloads its weight; adapt the model before dispatching it"
-        if STATE not in vars(owner) and _has_attribute(owner, block.parameter):
+        if STATE not in vars(owner) and has_attribute(owner, block.parameter):
             return f"it already has an attribute {block.parameter!r}"
         scope = owner_scope(owner)
         if scope.opaque is None:
@@ -234,14 +234,6 @@ def _is_linear(module: nn.Module) -> bool:
         return True
     named_linear = "linear" in type(module).__name__.lower() or "nf" in vars(module)
     return named_linear and linear_shape(module) is not None
-
-
-def _has_attribute(module: nn.Module, name: str) -> bool:
-    """`hasattr`, without the error by which `nn.Module` says no and which takes most of its time."""
-    if type(module).__getattr__ is not nn.Module.__getattr__:
-        return hasattr(module, name)
-    registered = name in module._parameters or name in module._buffers or name in module._modules
-    return registered or name in vars(module) or hasattr(type(module), name)
 
 
 @torch.no_grad()

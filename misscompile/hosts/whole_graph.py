@@ -25,7 +25,7 @@ from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import ADAPT, CAPTURE, run_passes
 from misscompile.passes.unshare_weights import call_name
 from misscompile.record.state import STATE
-from misscompile.record.walk import find_module, owner_states
+from misscompile.record.walk import find_module, join, owner_states
 from misscompile.record.words import Block, Scope
 
 RECORD = "misscompile"
@@ -34,8 +34,8 @@ RECORD = "misscompile"
 _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection")
 
 
-Acting = tuple[fx.Graph, tuple[tuple[str, tuple[Block, ...]], ...]]
-"""A base graph, and the blocks that act on it by owner."""
+Acting = tuple[fx.Graph, tuple[tuple[str, tuple[Block, ...]], ...], tuple[tuple[str, str], ...]]
+"""A base graph, the blocks that act on it by owner, and the tensors of it that are trained in full, each with its copy."""
 
 _COMPILED = ("_graph", "_code", "_lineno_map", "_prologue_start")
 """What `GraphModule.recompile` makes of a graph, beside the function `forward` of the class."""
@@ -242,7 +242,9 @@ def derive_graph(root: WholeGraph) -> None:
     record = record_of(root)
     states = owner_states(root)
     blocks = {name: found for name, state in states.items() if (found := state.effective_blocks())}
-    acting = record.base, tuple(blocks.items())
+    held = [(name, pair) for name, state in states.items() for pair in state.effective_copies()]
+    copies = tuple((join(name, tensor), join(name, copied)) for name, (tensor, copied) in held)
+    acting = record.base, tuple(blocks.items()), copies
     if acting != record.acting:
         if record.acting is not None:
             record.derived[record.acting] = {key: vars(root)[key] for key in _COMPILED} | {"forward": type(root).forward}
@@ -253,6 +255,7 @@ def derive_graph(root: WholeGraph) -> None:
             vars(root).update(compiled)
         else:
             scope = base_scope(root)
+            scope.copies = copies
             for name, calls in sites_by_name(scope).items():
                 for index, site in enumerate(calls):
                     for owner in (home_of(root, name), call_name(name, index)):
@@ -267,9 +270,10 @@ def derive_graph(root: WholeGraph) -> None:
 def _drop_derived(record: GraphRecord, blocks: Collection[tuple[str, Block]]) -> None:
     """Forget the graphs of other bases, and of blocks that are not registered any more."""
     bases = (record.base, record.kept_base)
-    for base, acting in list(record.derived):
-        if base not in bases or any((name, block) not in blocks for name, found in acting for block in found):
-            del record.derived[base, acting]
+    for acting in list(record.derived):
+        base, acted, _ = acting
+        if base not in bases or any((name, block) not in blocks for name, found in acted for block in found):
+            del record.derived[acting]
 
 
 def home_of(root: nn.Module, name: str) -> str:
