@@ -166,6 +166,11 @@ class Host(abc.ABC):
         """Put the merged weights, and the copies that the adapters trained in full, in the place of the base's."""
 
 
+def is_adapter_part(name: str, layer: str) -> bool:
+    """Whether a module is a layer that PEFT put around another one, or is inside of it, and is no part of the other one."""
+    return f"{name}.".startswith(f"{layer}.") and not f"{name}.".startswith(f"{layer}.base_layer.")
+
+
 def has_attribute(module: nn.Module, name: str) -> bool:
     """`hasattr`, without the error by which `nn.Module` says no and which takes most of its time."""
     if type(module).__getattr__ is not nn.Module.__getattr__:

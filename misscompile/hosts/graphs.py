@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
-from misscompile.hosts.base import Fold, Host, check_staying, has_attribute, write_copies
+from misscompile.hosts.base import Fold, Host, check_staying, has_attribute, is_adapter_part, write_copies
 from misscompile.hosts.owner_class import before_and_after, finish_owner, refresh_owner
 from misscompile.hosts.whole_graph import (
     WholeGraph,
@@ -30,6 +30,7 @@ from misscompile.hosts.whole_graph import (
 from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import find_sites, other_readers, sites_by_name
 from misscompile.passes.linear_calls import target_name
+from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import UNSHARE, run_passes
 from misscompile.passes.unshare_weights import call_name
 from misscompile.passes.weight_paths import find_parameter, overlap
@@ -74,7 +75,11 @@ class GraphHost(Host):
         return list(dict.fromkeys([*modules, *self.calls, *(refusal.name for refusal in self.scope.refusals)]))
 
     def linear_names(self) -> list[str]:
-        return [name for name in self.calls if name not in self._tied]
+        stacks = {name: module_stack(calls[0].node) for name, calls in self.calls.items()}
+        kinds = {path: kind for stack in stacks.values() for path, kind in stack}
+        layers = [path for path, kind in kinds.items() if kind.startswith("peft.") and f"{path}.base_layer" in self.modules]
+        own = {name for name in self.calls if any(is_adapter_part(name, layer) for layer in layers)}
+        return [name for name in self.calls if name not in own and name not in self._tied]
 
     @functools.cached_property
     def _tied(self) -> dict[str, str]:

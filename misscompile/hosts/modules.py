@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from misscompile.errors import MergeError
-from misscompile.hosts.base import Fold, Host, Part, check_staying, has_attribute, write_copies
+from misscompile.hosts.base import Fold, Host, Part, check_staying, has_attribute, is_adapter_part, write_copies
 from misscompile.hosts.owner_class import (
     REWRITE,
     before_and_after,
@@ -47,7 +47,9 @@ class ModuleHost(Host):
         return [name for name in self.modules if name or linear_shape(self.root) is not None]
 
     def linear_names(self) -> list[str]:
-        return [name for name, module in self.modules.items() if _is_linear(module) and module not in self._tied]
+        layers = [name for name, module in self.modules.items() if "base_layer" in module._modules and _is_of_peft(module)]
+        linears = [name for name, module in self.modules.items() if _is_linear(module) and module not in self._tied]
+        return [name for name in linears if not any(is_adapter_part(name, layer) for layer in layers)]
 
     def output_names(self) -> set[str]:
         return output_embedding_names(self.root)
@@ -227,6 +229,10 @@ def refusal_notes(what: str, refusals: Sequence[Refusal]) -> list[str]:
         more, verb = (f" and {len(names) - 1} more", "are") if len(names) > 1 else ("", "is")
         notes.append(f"{names[0]} ({kind}){more} {verb} {what} {reason}")
     return notes
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.")
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -32,6 +32,7 @@ from misscompile.verbs.adapt import M, install_plan
 from misscompile.verbs.file_keys import (
     Keys,
     check_blocks,
+    check_frozen,
     check_live,
     check_repeated,
     check_shared_blocks,
@@ -168,8 +169,9 @@ def hotswap_adapter(
             )
     host = hosts_in(root)[0]
     keys = sort_keys(host, weights, read_entries(weights))
-    stored = {(host.modules[name], BLOCK): entry for name, entry in keys.blocks.items()} | keys.tensors
     live = live_tensors(root, adapter_name)
+    check_frozen(keys, {owner for owner, tensor in live if tensor == BLOCK}, live)
+    stored = {(host.modules[name], BLOCK): entry for name, entry in keys.blocks.items()} | keys.tensors
     check_live(weights, stored, live, keys_of(root, adapter_name, live))
     check_repeated(keys)
     for held, value in read_tensors(stored).items():

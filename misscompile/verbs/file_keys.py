@@ -135,8 +135,7 @@ def _find_tensors(host: Host, keys: Keys, entries: Sequence[Entry]) -> Iterator[
         name, _, tensor = key.rpartition(".")
         found = known.get(key, plain.get(key))
         if found is not None:
-            if key in plain or "bias" in tensor:  # a targeted output layer's frozen weight is no part of the adapter
-                yield entry, found
+            yield entry, found
         elif not _may_be_missing(entry, name):
             raise entry.error(
                 f"stands for nothing that {name.removesuffix('.base_layer') or 'the model'} has."
@@ -164,6 +163,17 @@ def _prefixes(name: str) -> list[str]:
 
 def _sibling(name: str, last: str) -> str:
     return join(name.rpartition(".")[0], last)
+
+
+def check_frozen(keys: Keys, adapted: Collection[nn.Module], trained: Collection[Held]) -> None:
+    """Take what PEFT stores of the base of a targeted output layer out of the keys. It must be that of this model."""
+    for owner, tensor in [held for held in keys.tensors if held[0] in adapted and held not in trained]:
+        entry, base = keys.tensors.pop((owner, tensor)), base_tensor(owner, tensor)
+        value = read_tensors({0: entry})[0]
+        if base.is_floating_point() and not base.is_meta and not torch.equal(value.to(base.dtype), base.detach().cpu()):
+            raise entry.error(
+                "is of the base, and this model's differs. Is it the base model that the adapter was trained on?"
+            )
 
 
 def check_repeated(keys: Keys) -> None:
@@ -218,6 +228,8 @@ def check_trained_in_full(keys: Keys, plan: Plan, host: Host) -> None:
                     f"{keys.path}: a key for {host.canonical[owner]}.{name} is missing, although the config trains it "
                     f"(modules_to_save={config.modules_to_save}, bias={config.bias!r})."
                 )
+    trained = {(owner, name) for owner, names in plan.copied.items() for name in names}
+    check_frozen(keys, {target.owner for target in plan.targets}, trained)
     for (owner, name), entry in keys.tensors.items():
         base = base_tensor(owner, name)
         shape = tuple(base.shape)
