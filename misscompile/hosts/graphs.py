@@ -21,6 +21,7 @@ from misscompile.hosts.owner_class import before_and_after, finish_owner, refres
 from misscompile.hosts.whole_graph import (
     WholeGraph,
     base_scope,
+    call_owner,
     copy_nodes,
     home_of,
     other_name,
@@ -144,14 +145,15 @@ class GraphHost(Host):
 
     def _check_sharing(self, name: str, calls: list[Site], own: bool) -> None:
         """Refuse an adapter that shares what another one does not: a call has one owner."""
-        taken = [call_name(name, index) for index in range(len(calls)) if own and call_name(name, index) in self.calls]
-        if taken:
+        taken = [index for index in range(len(calls)) if call_owner(self.calls, name, index) is None]
+        if own and taken:
             raise UnsupportedModuleError(
-                f"{name}: a block for each of its calls would be held by {taken[0]!r}, which is a linear of the model. Use "
-                "per_call_site=False, or rename that module."
+                f"{name}: the block of a call would be held by {call_name(name, taken[0])!r}, which is a linear itself. "
+                "Use per_call_site=False, or rename that module."
             )
-        for other in [home_of(self.root, name)] if own else [call_name(name, index) for index in range(len(calls))]:
-            state = owner_state(self.root, other)
+        others = [call_owner(self.calls, name, index) for index in range(len(calls))]
+        for other in [home_of(self.root, name)] if own else others:
+            state = None if other is None else owner_state(self.root, other)
             if state is not None and state.blocks:
                 had = "one block for all its calls" if own else "a block for each of its calls"
                 raise StateError(
@@ -194,11 +196,11 @@ class GraphHost(Host):
         folds: dict[object, Fold] = {}
         adapted: set[int] = set()
         for name, calls in self.calls.items():
-            uses: list[tuple[str, list[Site], int | None]] = [(home_of(self.root, name), calls, None)]
-            uses += [(call_name(name, index), [site], index) for index, site in enumerate(calls)]
+            uses: list[tuple[str | None, list[Site], int | None]] = [(home_of(self.root, name), calls, None)]
+            uses += [(call_owner(self.calls, name, index), [site], index) for index, site in enumerate(calls)]
             for owner, sites, call in uses:
-                state, path = owner_state(self.root, owner), sites[0].path
-                if state is None or path is None or not any(n in state.blocks for n in names):
+                state, path = None if owner is None else owner_state(self.root, owner), sites[0].path
+                if owner is None or state is None or path is None or not any(n in state.blocks for n in names):
                     continue
                 check_staying(owner, state, names)
                 self._check_clonable(owner, sites[0], call)

@@ -46,8 +46,8 @@ def recover_adapters(root: WholeGraph) -> None:
     run_passes(RECOVER, scope)
     record_of(root).mode = frozen_mode(graph)  # a dropout of the adapter follows the mode again
     calls = sites_by_name(scope)
-    sites = {home_of(root, name): found[0] for name, found in calls.items()}
-    sites |= {call_name(name, i): call for name, found in calls.items() for i, call in enumerate(found)}
+    sites = {call_name(name, i): call for name, found in calls.items() for i, call in enumerate(found)}
+    sites |= {home_of(root, name): found[0] for name, found in calls.items()}
     adapters = {
         name: Adapter(name, _read_config({owner: b for (owner, adapter), b in blocks.items() if adapter == name}))
         for name in names

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from misscompile.passes.runner import ADAPT, CAPTURE, run_passes
 from misscompile.passes.unshare_weights import call_name
 from misscompile.record.state import STATE
 from misscompile.record.walk import find_module, join, owner_states
-from misscompile.record.words import Block, Scope
+from misscompile.record.words import Block, Scope, Site
 
 RECORD = "misscompile"
 """Key in `GraphModule.meta` of the `GraphRecord`."""
@@ -256,9 +256,10 @@ def derive_graph(root: WholeGraph) -> None:
         else:
             scope = base_scope(root)
             scope.copies = copies
-            for name, calls in sites_by_name(scope).items():
+            named = sites_by_name(scope)
+            for name, calls in named.items():
                 for index, site in enumerate(calls):
-                    for owner in (home_of(root, name), call_name(name, index)):
+                    for owner in (home_of(root, name), call_owner(named, name, index)):
                         if owner in blocks:
                             site.blocks, site.owner = blocks[owner], owner
             run_passes(ADAPT, scope)
@@ -281,6 +282,12 @@ def home_of(root: nn.Module, name: str) -> str:
     parent, _, last = name.rpartition(".")
     holder = find_module(root, parent)
     return f"{name}#" if not name or (holder is not None and last in holder._parameters) else name
+
+
+def call_owner(named: Mapping[str, list[Site]], name: str, index: int) -> str | None:
+    """The module that holds the block of one of several calls, or None where a linear of the model has its name."""
+    owner = call_name(name, index)
+    return None if owner in named else owner
 
 
 def other_name(owner: str, site: str) -> str | None:
