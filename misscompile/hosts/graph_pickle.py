@@ -87,7 +87,7 @@ def read_guards(written: Any) -> nn.Module:
             f"the graph was pickled by Python {'.'.join(map(str, python))}, and its check of inputs does not run in "
             f"{'.'.join(map(str, _PYTHON))}: capture the model again, and load the adapter with load_adapter."
         )
-    empty = _convert_guards_code_to_fn([], [])
+    empty: nn.Module = _convert_guards_code_to_fn([], [])
     _guards_of(empty).__code__ = marshal.loads(code)  # noqa: S302 - as trusted as the pickle that it comes from
     return empty
 
@@ -111,7 +111,7 @@ def _write_leaf(value: Any) -> Any:
     if isinstance(value, fx.Node):
         return _Node(value.name)
     if isinstance(value, torch._ops.HigherOrderOperator):
-        return _Operator(f"higher_order.{value.name()}")
+        return _Operator(f"higher_order.{value.name()}")  # type: ignore[no-untyped-call]
     return _Operator(str(value)) if isinstance(value, torch._ops.OperatorBase | torch._ops.OpOverloadPacket) else value
 
 

@@ -105,7 +105,7 @@ class WholeGraph(fx.GraphModule):
         guards = {name: write_guards(module) for name, module in self._modules.items() if module and is_guards(module)}
         plain = {"training": self.training, "_non_persistent_buffers_set": self._non_persistent_buffers_set}
         graphs = [None if graph is None else write_graph(graph) for graph in (record.base, record.kept_base)]
-        told = (record.mode, record.model_type, record.name_or_path, record.outputs)
+        told = {name: getattr(record, name) for name in ("mode", "model_type", "name_or_path", "outputs")}
         disabled = any(state.disabled for state in owner_states(self).values())
         return _unpickle, (held | {"_modules": modules}, guards, plain, graphs, told, disabled)
 
@@ -115,7 +115,7 @@ def _unpickle(
     guards: dict[str, Any],
     plain: dict[str, Any],
     graphs: list[Any],
-    told: tuple[Any, ...],
+    told: dict[str, Any],
     disabled: bool,
 ) -> WholeGraph:
     held["_modules"] |= {name: read_guards(written) for name, written in guards.items()}
@@ -125,7 +125,7 @@ def _unpickle(
     assert base is not None
     root = WholeGraph(source, copy_nodes(base))
     vars(root).update(held | plain)
-    root.meta[RECORD] = GraphRecord(base, *told, kept_base=kept)
+    root.meta[RECORD] = GraphRecord(base, **told, kept_base=kept)
     if disabled:
         swap_base(root)
     derive_graph(root)
