@@ -17,17 +17,9 @@ from torch import Tensor, nn
 
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
 from misscompile.hosts.base import Fold, Host, check_staying, has_attribute, is_adapter_part, write_copies
+from misscompile.hosts.graph_parts import call_owner, home_of, other_name, require_container
 from misscompile.hosts.owner_class import before_and_after, finish_owner, refresh_owner
-from misscompile.hosts.whole_graph import (
-    WholeGraph,
-    base_scope,
-    call_owner,
-    copy_nodes,
-    home_of,
-    other_name,
-    record_of,
-    require_container,
-)
+from misscompile.hosts.whole_graph import WholeGraph, base_scope, copy_nodes, record_of
 from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import find_sites, other_readers, sites_by_name
 from misscompile.passes.linear_calls import target_name

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from misscompile.hosts.graph_parts import home_of, other_name
 from misscompile.hosts.owner_class import refresh_owner
-from misscompile.hosts.whole_graph import WholeGraph, derive_graph, home_of, other_name, record_of
+from misscompile.hosts.whole_graph import WholeGraph, derive_graph, record_of
 from misscompile.passes.find_sites import sites_by_name
 from misscompile.passes.follow_mode import frozen_mode
 from misscompile.passes.runner import RECOVER, run_passes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from misscompile.errors import ArgumentError, StateError
+from misscompile.hosts.graph_parts import call_owner, home_of, keep_structure
 from misscompile.hosts.graph_pickle import is_guards, read_graph, read_guards, write_graph, write_guards
 from misscompile.passes.find_sites import find_sites, sites_by_name
 from misscompile.passes.follow_mode import frozen_mode
 from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import ADAPT, CAPTURE, run_passes
-from misscompile.passes.unshare_weights import call_name
 from misscompile.record.state import STATE
-from misscompile.record.walk import find_module, join, owner_states
-from misscompile.record.words import Block, Scope, Site
+from misscompile.record.walk import join, owner_states
+from misscompile.record.words import Block, Scope
 
 RECORD = "misscompile"
 """Key in `GraphModule.meta` of the `GraphRecord`."""
@@ -138,6 +138,11 @@ def record_of(root: WholeGraph) -> GraphRecord:
     return record
 
 
+def change_record(root: WholeGraph, **changes: Any) -> None:
+    """Give a whole graph another record. The old one stays as it was, for a transaction to put back."""
+    root.meta = {**root.meta, RECORD: dataclasses.replace(record_of(root), **changes)}
+
+
 def swap_base(root: WholeGraph) -> None:
     """Exchange the base graph with the one that a merge kept, where that merge changed it."""
     record = record_of(root)
@@ -213,23 +218,6 @@ def copy_nodes(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def keep_structure(copied: nn.Module, source: nn.Module) -> None:
-    """Let `copied` have what a `GraphModule` forgets of `source`.
-
-    A module that has several names there has them here, and the same buffers are left out of the `state_dict`.
-    """
-    first: dict[nn.Module, str] = {}
-    for name, module in source.named_modules(remove_duplicate=False):
-        same = first.setdefault(module, name)
-        kept = find_module(copied, same)
-        if kept is None:
-            continue
-        if same != name:
-            parent, _, last = name.rpartition(".")
-            require_container(copied, parent)._modules[last] = kept
-        kept._non_persistent_buffers_set = module._non_persistent_buffers_set & set(kept._buffers)
-
-
 def base_scope(root: WholeGraph) -> Scope:
     """A copy of the base graph with its sites and refusals; each site under the name of its owner."""
     scope = Scope(root, copy_nodes(record_of(root).base), "whole graph")
@@ -264,7 +252,7 @@ def derive_graph(root: WholeGraph) -> None:
                             site.blocks, site.owner = blocks[owner], owner
             run_passes(ADAPT, scope)
             root.graph = scope.graph
-        record.acting = acting
+        change_record(root, acting=acting)
     _drop_empty_containers(root)
 
 
@@ -275,36 +263,6 @@ def _drop_derived(record: GraphRecord, blocks: Collection[tuple[str, Block]]) ->
         base, acted, _ = acting
         if base not in bases or any((name, block) not in blocks for name, found in acted for block in found):
             del record.derived[acting]
-
-
-def home_of(root: nn.Module, name: str) -> str:
-    """The module that holds the block of a site: that of its name, or one beside the root or parameter of this name."""
-    parent, _, last = name.rpartition(".")
-    holder = find_module(root, parent)
-    return f"{name}#" if not name or (holder is not None and last in holder._parameters) else name
-
-
-def call_owner(named: Mapping[str, list[Site]], name: str, index: int) -> str | None:
-    """The module that holds the block of one of several calls, or None where a linear of the model has its name."""
-    owner = call_name(name, index)
-    return None if owner in named else owner
-
-
-def other_name(owner: str, site: str) -> str | None:
-    """The last segment of a site's name where the module that holds its block has another one, else None."""
-    return None if owner == site else site.rpartition(".")[2]
-
-
-def require_container(root: nn.Module, name: str) -> nn.Module:
-    """The module of this name, made where no module of the captured model has it."""
-    module = root
-    for part in name.split(".") if name else ():
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        child = module._modules[part]
-        assert child is not None
-        module = child
-    return module
 
 
 def _drop_empty_containers(root: WholeGraph) -> None:
