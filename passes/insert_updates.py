@@ -42,7 +42,8 @@ def insert_updates(scope: Scope) -> int:
     for node in calls:
         users, here = list(node.users), [site for site in sites if site.node is node]
         result = _rewrite_call(scope, here)
-        _tag(node, here[0], blocks=[{**dataclasses.asdict(b), "owner": site.owner} for site in here for b in site.blocks])
+        blocks = [{**dataclasses.asdict(b), "owner": site.owner} for site in here for b in site.blocks]
+        _tag(node, here[0], blocks=blocks, copies=[list(pair) for pair in scope.copies] if node is calls[0] else [])
         for user in users:
             user.replace_input_with(node, result)
         for later in sites:

@@ -18,6 +18,7 @@ from misscompile.passes.follow_mode import follow_mode
 from misscompile.passes.inline_regions import inline_regions
 from misscompile.passes.insert_updates import insert_updates
 from misscompile.passes.linear_calls import target_name
+from misscompile.passes.name_reads import name_reads
 from misscompile.passes.strip_updates import restore_weights, strip_updates
 from misscompile.passes.unshare_weights import drop_unread, unshare_weights
 from misscompile.record.words import Scope
@@ -26,7 +27,7 @@ logger = logging.getLogger("misscompile.passes")
 
 Pass = Callable[[Scope], int]
 
-CAPTURE: tuple[Pass, ...] = (inline_regions,)
+CAPTURE: tuple[Pass, ...] = (inline_regions, name_reads)
 """What happens to an exported graph."""
 
 BOTH_MODES: tuple[Pass, ...] = (follow_mode,)

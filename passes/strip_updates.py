@@ -34,6 +34,11 @@ def tagged_blocks(graph: fx.Graph) -> dict[tuple[str, str], Block]:
     return found
 
 
+def tagged_copies(graph: fx.Graph) -> dict[str, str]:
+    """What stands for a tensor of the base in a graph, with the name of that tensor."""
+    return {copied: tensor for node in graph.nodes for tensor, copied in _tag(node).get("copies", ())}
+
+
 def restore_weights(scope: Scope) -> int:
     """Give each call that takes `W + ΔW` in one product its weight back; returns how many such calls there are."""
     count = 0

@@ -185,6 +185,35 @@ def test_leaves_the_model_as_it_was(case: str, training: bool) -> None:
     assert all(not buffer.any() for name, buffer in model.named_buffers() if "num_batches" in name)
 
 
+class SelfAssigning(nn.Module):
+    """A forward that leaves values on its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 8)
+        self.register_buffer("mean", torch.zeros(8))
+        self.last: Any = None
+        self.seen: list[Any] = []
+        self.cache: dict[str, Any] = {"keys": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.made = y = self.linear(x)
+        self.mean = 0.9 * self.mean + 0.1 * y.mean(0)
+        self.seen.append(y)
+        self.cache["keys"].append(y)
+        self.cache["value"] = y
+        return y + self.mean
+
+
+def test_leaves_no_value_of_the_trace_on_modules_that_assign_to_themselves() -> None:
+    model = SelfAssigning()
+    names = list(vars(model))
+    graph = mc.capture(model, (X,))
+    assert (model.last, model.seen, model.cache, list(vars(model))) == (None, [], {"keys": []}, names)
+    assert not model.mean.any()
+    assert max_error(graph(X), model(X)) < 1e-6
+
+
 # What is refused
 
 

@@ -617,7 +617,10 @@ OF_WEIGHTS: dict[str, tuple[Break, str]] = {
     "no module": (another_key("base_model.model.upp.miss_block"), f"...model.upp.miss_block' {NO_MODULE}...closest: 'up'"),
     "not chosen": (fields(target_modules=["up"]), f"...key {DOWN!r} is for a module that the config does not choose."),
     "a key of the root": (another_key("base_model.model.miss_block"), "...key 'base_model.model.miss_block' is for"),
-    "twice": (another_key(UP.replace("up", "_orig_mod.up")), f"...base_model.model._orig_mod.up.miss_block...{UP}"),
+    "twice": (
+        tensors(lambda t: t | {UP.replace("up", "_orig_mod.up"): t[UP] + 1}),
+        "...key 'base_model.model.up.miss_block' differs from 'base_model.model._orig_mod.up.miss_block', but this...",
+    ),
     "foreign": (tensors(lambda t: {"model.up.weight": t[UP]}), "...key 'model.up.weight' is not one of...base_model.model."),
     "a key of LoRA": (another_key("base_model.model.up.lora_A.weight"), "...key 'base_model.model.up.lora_A.weight' is"),
     "a key with an adapter name": (another_key(f"{UP}.default"), f"...key '{UP}.default' is"),

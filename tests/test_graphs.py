@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch._dynamo.testing import CompileCounter
 from zoo import ConvolutionNet, captured, make_batch, make_model, normal, tokens
 
 import misscompile as mc
+from misscompile.hosts import graph_pickle  # internal: another Python is feigned
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MODULE_ROUTE = ("llama", "gpt2", "bert", "t5", "vit", "clip", "whisper", "albert")
@@ -240,3 +242,48 @@ def test_minilm_with_real_weights_as_a_graph(tmp_path: Path) -> None:
     mc.merge(adapted)
     assert max_error(adapted(**longer).last_hidden_state, output) < 1e-10
     assert graph_list(adapted) == graph_list(graph)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "albert", "decoder", "gpt2", "convolutions"])
+def test_a_whole_graph_pickles_as_it_is(name: str) -> None:
+    model, graph = captured(name)
+    batch = make_batch(name)
+    adapted = fill_blocks(mc.adapt(graph, config(name, True)))
+    read = pickle.loads(pickle.dumps(adapted))
+    assert graph_list(read) == graph_list(adapted)
+    assert mc.dump(read, "code") == mc.dump(adapted, "code")
+    names = [[n for n, _ in each.named_parameters(remove_duplicate=False)] for each in (read, adapted)]
+    assert names[0] == names[1]
+    assert list(read.state_dict()) == list(adapted.state_dict())
+    assert largest_difference(read(**batch), adapted(**batch)) == 0
+    again = mc.adapt(read, config(name, "mini"), "second")
+    mc.set_adapter(again, [])
+    assert largest_difference(again(**batch), model(**batch)) < TOLERANCE
+
+
+def test_a_pickled_graph_checks_its_inputs_and_tells_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = fill_blocks(mc.adapt(mc.capture(nn.Sequential(nn.Linear(12, 8)).double(), (X,)), fields()))
+    written = pickle.dumps(adapted)
+    read = pickle.loads(written)
+    assert torch.equal(read(X[:2]), adapted(X[:2]))
+    with pytest.raises(AssertionError, match=r"Guard failed: input\.size\(\)\[1\] == 12"):
+        read(X[:, :11])
+    compiled = torch.compile(read, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), adapted(X))
+    monkeypatch.setattr(graph_pickle, "_PYTHON", (3, 99))
+    with pytest.raises(mc.StateError, match=r"pickled by Python 3\.\d+, and its check of inputs does not run in 3\.99"):
+        pickle.loads(written)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [mc.merge, mc.unload, lambda part: mc.disable_adapter(part).__enter__(), lambda part: mc.set_adapter(part, "default")],
+)
+def test_a_part_of_a_graph_is_refused_by_name(verb: Any) -> None:
+    base = nn.Sequential(nn.Sequential(nn.Linear(12, 8), nn.Tanh()), nn.Linear(8, 4)).double()
+    adapted = fill_blocks(mc.adapt(mc.capture(base, (X,)), fields()))
+    before, y = snapshot(adapted), adapted(X)
+    with pytest.raises(mc.StateError, match="0 is a part of a whole graph; call it on that graph"):
+        verb(adapted.get_submodule("0"))
+    assert snapshot(adapted) == before
+    assert torch.equal(adapted(X), y)

@@ -64,7 +64,7 @@ def test_a_report_counts_the_operations_that_a_pass_added_and_removed() -> None:
 def test_the_pipelines() -> None:
     """Every change of a graph runs one of these."""
     pipelines = {
-        "CAPTURE": ["inline_regions"],
+        "CAPTURE": ["inline_regions", "name_reads"],
         "BOTH_MODES": ["follow_mode"],
         "ADAPT": ["insert_updates"],
         "RECOVER": ["restore_weights", "find_sites", "strip_updates", "find_sites"],
@@ -132,7 +132,8 @@ def test_a_whole_graph_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, LOGGER):
         adapted(graph)
     told = [record.getMessage().split(",")[0] for record in caplog.records]
-    assert told == ["whole graph after inline_regions: 0 matches", "whole graph after insert_updates: 2 matches"]
+    passes = {"inline_regions": 0, "name_reads": 0, "insert_updates": 2}
+    assert told == [f"whole graph after {name}: {matches} matches" for name, matches in passes.items()]
 
 
 def kind_of(owner: nn.Module, **changes: Any) -> type:

@@ -38,6 +38,7 @@ from support import (
 )
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
+from torch.fx.graph_module import _loader
 from transformers.pytorch_utils import Conv1D
 from zoo import TwoLinears, normal, tiny_llama, token_batch
 
@@ -80,11 +81,10 @@ ROUTES: dict[str, tuple[type[nn.Module], Callable[[nn.Module], Any]]] = {
 ONE_OF_A_KIND = ("module", "module in_out", "captured", "exported", "traced", "traced in_out")
 every_route = pytest.mark.parametrize("subject", ROUTES, indirect=True)
 """For what the others could do in another way than those of `ONE_OF_A_KIND`."""
-PICKLED = [(route, how) for route in ("module", "module in_out") for how in ("pickle", "save")]
+PICKLED = [(route, how) for route in ONE_OF_A_KIND for how in ("pickle", "save")]
 copies = pytest.mark.parametrize(
     ("subject", "how"), [*((route, "deepcopy") for route in ONE_OF_A_KIND), *PICKLED], indirect=["subject"]
 )
-"""A graph module whose code fx made anew cannot be pickled while it has hooks of `torch.export`."""
 
 
 @functools.cache
@@ -209,17 +209,20 @@ def test_adapt_again(subject: Subject) -> None:
         mc.adapt(second, fields(target_modules=["down"]), "other")
 
 
-def test_disable_adapter(subject: Subject) -> None:
+def test_disable_adapter(subject: Subject, tmp_path: Path) -> None:
     model = subject.adapted(True)
+    mc.save_adapter(model, tmp_path, "a0")
     active, code = model(X), mc.dump(model, "code")
     with mc.disable_adapter(model):
         assert torch.equal(model(X), subject.base(X))
         with mc.disable_adapter(model):
             assert torch.equal(model(X), subject.base(X))
         assert torch.equal(model(X), subject.base(X))
-        for verb in (mc.merge, lambda model: mc.set_adapter(model, "a0")):
+        for verb in (mc.merge, lambda model: mc.set_adapter(model, "a0"), lambda model: mc.adapt(model, fields(), "new")):
             with pytest.raises(mc.StateError, match="disable_adapter"):
                 verb(model)
+        with pytest.raises(mc.StateError, match=r"adapt(er)? was called inside"):
+            mc.load_adapter(model, tmp_path, "new")
     assert torch.equal(model(X), active)
     assert mc.dump(model, "code") == code
     with pytest.raises(ValueError, match="mine"), mc.disable_adapter(model):
@@ -843,6 +846,32 @@ def test_switching_between_seen_sets_recompiles_nothing_and_a_new_one_costs_one_
             mc.set_adapter(model, names)
             compiled(token_batch())
     assert counter.frame_count == len(sets)
+
+
+@pytest.mark.parametrize("subject", ["captured", "exported", "traced"], indirect=True)
+def test_going_back_to_a_seen_set_on_a_graph_recompiles_nothing_and_keeps_no_more_source(subject: Subject) -> None:
+    model = subject.adapted(True, "bat")
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        counter = CompileCounter()
+        compiled = torch.compile(each, backend=counter)
+        sets: tuple[list[str], ...] = (["a0"], ["a1"], ["a0", "a1"], [])
+        expected = []
+        for names in sets:
+            mc.set_adapter(each, names)
+            expected.append(compiled(X))
+        seen, sources = counter.frame_count, len(_loader.eval_cache)
+        assert seen == len(sets)
+        for number in (2, 0, 3, 1, 0):
+            mc.set_adapter(each, sets[number])
+            assert torch.equal(compiled(X), expected[number])
+            assert max_error(each(X), expected[number]) == 0
+            with mc.disable_adapter(each):
+                assert torch.equal(compiled(X), subject.base(X))
+        assert (counter.frame_count, len(_loader.eval_cache)) == (seen, sources)
+    mc.delete_adapter(model, "a1")
+    mc.set_adapter(model, "a0")
+    assert max_error(model(X), subject.reference(model, (0, True))) < EXACT
 
 
 def test_hotswap_recompiles_nothing(tmp_path: Path) -> None:

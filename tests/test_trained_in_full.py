@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import json
 import pickle
 from collections.abc import Callable
@@ -15,8 +16,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import max_error, run, same, shake, snapshot, state, train_step
-from torch import Tensor, nn
+from support import max_error, reference_delta, run, same, shake, snapshot, state, train_step
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from zoo import normal, seeded, tiny_bert, tiny_llama, token_batch
 
@@ -554,3 +555,89 @@ def test_a_repository_that_cannot_be_reached(hub: pytest.MonkeyPatch, error: Any
     with pytest.raises(mc.CheckpointNotFoundError, match="someone/adapter"):
         mc.load_adapter(model, "someone/adapter")
     assert snapshot(model, X) == before
+
+
+# Tied weights on every route
+
+
+class TiedNet(nn.Module):
+    """An embedding and an output layer with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.middle, self.out = nn.Embedding(20, 12), nn.Linear(12, 12), nn.Linear(12, 20, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.out(torch.tanh(self.middle(self.embed(ids))))
+        return y
+
+
+class TiedLinears(nn.Module):
+    """Two linears with one weight behind an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.left, self.right = nn.Embedding(20, 12), nn.Linear(12, 8, bias=False), nn.Linear(12, 8, bias=False)
+        self.right.weight = self.left.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        y: Tensor = self.left(x) + self.right(x).sin()
+        return y
+
+
+IDS = token_batch(3, 5, 20)
+
+
+def reloaded_program(model: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(model, (IDS,)), buffer)
+    return torch.export.load(buffer)
+
+
+TIED_ROUTES: dict[str, Callable[[nn.Module], Any]] = {
+    "module": copy.deepcopy,
+    "captured": lambda model: mc.capture(model, (IDS,)),
+    "exported": lambda model: torch.export.export(model, (IDS,)),
+    "loaded program": reloaded_program,
+    "traced": fx.symbolic_trace,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saved", ["embed", "out"])
+@pytest.mark.parametrize("route", TIED_ROUTES)
+def test_of_two_tied_modules_the_one_that_is_saved_is_trained(route: str, saved: str, tmp_path: Path) -> None:
+    base, fields = seeded(TiedNet)().double(), {"r": 4, "target_modules": ["middle"], "modules_to_save": [saved]}
+    model = shake(mc.adapt(TIED_ROUTES[route](base), fields))
+    expected = copy.deepcopy(base)
+    block = model.get_parameter("middle.miss_block_default")
+    expected.middle.weight.data += reference_delta(True, block, base.middle.weight)
+    trained = model.get_parameter(f"{saved}.miss_copy_default_weight")
+    expected.get_submodule(saved).weight = nn.Parameter(trained.detach().clone())
+    assert max_error(expected(IDS), base(IDS)) > 1e-2
+    assert max_error(model(IDS), expected(IDS)) < 1e-12
+    with mc.disable_adapter(model):
+        assert max_error(model(IDS), base(IDS)) < 1e-14
+    mc.save_adapter(model, tmp_path)
+    for other in TIED_ROUTES.values():
+        assert max_error(mc.load_adapter(other(base), tmp_path)(IDS), expected(IDS)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("route", TIED_ROUTES)
+def test_tied_linears_share_one_block_and_are_merged_as_one(route: str) -> None:
+    """A program that was saved and loaded has two parameters over one memory."""
+    base = seeded(TiedLinears)().double()
+    model = shake(mc.adapt(TIED_ROUTES[route](base), {"r": 4, "target_modules": ["left", "right"]}))
+    blocks = {name: p for name, p in model.named_parameters(remove_duplicate=False) if "miss_block" in name}
+    assert len(blocks) == 2
+    assert len(set(map(id, blocks.values()))) == 1
+    weight = base.left.weight + reference_delta(True, next(iter(blocks.values())), base.left.weight)
+    product = base.embed(IDS) @ weight.t()
+    expected = product + product.sin()
+    assert max_error(model(IDS), expected) < 1e-12
+    mc.merge(model)
+    assert max_error(model(IDS), expected) < 1e-12
+    assert model.get_parameter("left.weight") is model.get_parameter("right.weight")

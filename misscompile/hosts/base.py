@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,10 @@ class Host(abc.ABC):
     def block_names(self) -> dict[str, str]:
         """Every name under which a file may hold a block of this model, with the name of the target that it is for."""
 
+    def are_calls(self, blocks: Iterable[str]) -> bool:
+        """Whether blocks of these targets act on one call of a weight each."""
+        return False
+
     def notes(self, targets: Sequence[Target]) -> list[str]:
         """What a user should know of an adapter on these targets, beside what was refused."""
         return []
@@ -171,6 +175,19 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> None:
         """Put the merged weights, and the copies that the adapters trained in full, in the place of the base's."""
+
+
+def is_adapter_part(name: str, layer: str) -> bool:
+    """Whether a module is a layer that PEFT put around another one, or is inside of it, and is no part of the other one."""
+    return f"{name}.".startswith(f"{layer}.") and not f"{name}.".startswith(f"{layer}.base_layer.")
+
+
+def has_attribute(module: nn.Module, name: str) -> bool:
+    """`hasattr`, without the error by which `nn.Module` says no and which takes most of its time."""
+    if type(module).__getattr__ is not nn.Module.__getattr__:
+        return hasattr(module, name)
+    registered = name in module._parameters or name in module._buffers or name in module._modules
+    return registered or name in vars(module) or hasattr(type(module), name)
 
 
 def check_staying(owner: str, state: OwnerState, names: Sequence[str]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import linecache
 import os
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,16 +17,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from misscompile.errors import ArgumentError, CaptureError, MissWarning, StateError
+from misscompile.hosts.graph_parts import keep_structure
 from misscompile.hosts.modules import output_embedding_names
-from misscompile.hosts.whole_graph import (
-    RECORD,
-    GraphRecord,
-    WholeGraph,
-    copy_graph,
-    copy_nodes,
-    inline_graph,
-    keep_persistence,
-)
+from misscompile.hosts.whole_graph import RECORD, GraphRecord, WholeGraph, copy_graph, copy_nodes, inline_graph
 from misscompile.passes.runner import BOTH_MODES, run_passes
 from misscompile.record.walk import owners, unwrap_model
 from misscompile.record.words import Scope
@@ -84,7 +79,7 @@ def capture(
 def _whole_graph(root: nn.Module, module: fx.GraphModule, graph: fx.Graph, follows: bool) -> WholeGraph:
     """A whole graph with its record, in the mode of the captured model, whose parameters train as the model's do."""
     captured = WholeGraph(module, graph)
-    keep_persistence(captured, root)
+    keep_structure(captured, root)
     captured.training = root.training
     captured = copy_graph(captured)
     captured.meta[RECORD] = GraphRecord(
@@ -104,7 +99,7 @@ def _export_both_modes(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> tuple[fx.GraphModule, fx.Graph, bool]:
     """The exported module in the present mode, a graph that follows the mode where one can, and whether it does."""
-    with _ready_for_export(root):
+    with _unchanged(root), _ready_for_export(root):
         module = _export(root, args, kwargs, dynamic_shapes)
         graph = copy_nodes(module.graph)
         other: fx.Graph | None = None
@@ -174,6 +169,7 @@ def _export(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyna
             f"torch.export cannot follow {type(root).__name__}{where}: {type(error).__name__}: {reason} Rewrite that call, "
             "give other example inputs, or adapt the module itself: misscompile.adapt(model, config) needs no whole graph."
         ) from error
+    keep_structure(module, root)
     inline_graph(module)
     return module
 
@@ -216,6 +212,24 @@ def _ready_for_export(root: nn.Module) -> Iterator[None]:
             config.use_cache = True
         for parameter in frozen:
             parameter.requires_grad = False
+
+
+@contextlib.contextmanager
+def _unchanged(root: nn.Module) -> Iterator[None]:
+    """Whatever a forward assigns to its module, or to a container on it, is a value of the trace: it is put back."""
+    saved: dict[int, tuple[Any, Any]] = {}
+    todo: list[Any] = [vars(module) for module in root.modules()]
+    while todo:
+        held = todo.pop()
+        if type(held) in (dict, OrderedDict, list, set) and id(held) not in saved:
+            saved[id(held)] = held, copy.copy(held)
+            todo += held.values() if isinstance(held, dict) else held
+    try:
+        yield
+    finally:
+        for held, before in saved.values():
+            held.clear()
+            held.extend(before) if isinstance(held, list) else held.update(before)
 
 
 @contextlib.contextmanager

@@ -10,26 +10,20 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
-from misscompile.hosts.base import Fold, Host, Part, check_staying, write_copies
+from misscompile.hosts.base import Fold, Host, Part, check_staying, has_attribute, is_adapter_part, write_copies
+from misscompile.hosts.graph_parts import call_owner, home_of, other_name, require_container
 from misscompile.hosts.owner_class import before_and_after, finish_owner, refresh_owner
-from misscompile.hosts.whole_graph import (
-    WholeGraph,
-    base_scope,
-    change_record,
-    copy_nodes,
-    home_of,
-    record_of,
-    require_container,
-)
+from misscompile.hosts.whole_graph import WholeGraph, base_scope, change_record, copy_nodes, record_of
 from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import find_sites, other_readers, sites_by_name
 from misscompile.passes.linear_calls import target_name
+from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import UNSHARE, run_passes
 from misscompile.passes.unshare_weights import call_name
 from misscompile.passes.weight_paths import find_parameter, overlap
@@ -48,6 +42,7 @@ class GraphHost(Host):
     def __init__(self, root: WholeGraph, per_call_site: bool = False) -> None:
         super().__init__(root)
         self.per_call_site = per_call_site
+        self._looked_at: set[str] = set()
 
     def result(self, model: Any) -> Any:
         return self.root
@@ -74,7 +69,11 @@ class GraphHost(Host):
         return list(dict.fromkeys([*modules, *self.calls, *(refusal.name for refusal in self.scope.refusals)]))
 
     def linear_names(self) -> list[str]:
-        return [name for name in self.calls if name not in self._tied]
+        stacks = {name: module_stack(calls[0].node) for name, calls in self.calls.items()}
+        kinds = {path: kind for stack in stacks.values() for path, kind in stack}
+        layers = [path for path, kind in kinds.items() if kind.startswith("peft.") and f"{path}.base_layer" in self.modules]
+        own = {name for name in self.calls if any(is_adapter_part(name, layer) for layer in layers)}
+        return [name for name in self.calls if name not in own and name not in self._tied]
 
     @functools.cached_property
     def _tied(self) -> dict[str, str]:
@@ -106,6 +105,10 @@ class GraphHost(Host):
         return [*self.scope.refusals, *(Refusal(name, "linear", reason.format(tied[name])) for name in tied)]
 
     def look(self, name: str, block: Block) -> list[Target | Refusal]:
+        name = self._canonical(name)
+        if name in self._looked_at:
+            return []
+        self._looked_at.add(name)
         if name not in self.calls:
             inside = [call for call in self.calls if call.startswith((f"{name}.", f"{name}#"))]
             hint = f" (linears inside: {', '.join(inside[:_SHOWN])})" if inside else ""
@@ -120,14 +123,30 @@ class GraphHost(Host):
             owner = call_name(name, index) if own else home_of(self.root, name)
             weight = self.stored_weight(name, site)
             shared = (id(weight), site.path.view, owner if own else "")
-            container = require_container(self.root, owner)
-            targets.append(Target(owner, container, site.in_features, site.out_features, block, weight, shared))
+            container, sizes = require_container(self.root, owner), (site.in_features, site.out_features)
+            if has_attribute(container, block.parameter):
+                targets.append(Refusal(name, target_name(site.node), f"it already has an attribute {block.parameter!r}"))
+                continue
+            stands_for = other_name(owner, name)
+            targets.append(Target(owner, container, *sizes, block, weight, shared, stands_for=stands_for))
         return targets
+
+    def _canonical(self, name: str) -> str:
+        """The first name of a module that has several; every other name as it is."""
+        module = self.modules.get(name)
+        return name if module is None else self.canonical[module]
 
     def _check_sharing(self, name: str, calls: list[Site], own: bool) -> None:
         """Refuse an adapter that shares what another one does not: a call has one owner."""
-        for other in [home_of(self.root, name)] if own else [call_name(name, index) for index in range(len(calls))]:
-            state = owner_state(self.root, other)
+        taken = [index for index in range(len(calls)) if call_owner(self.calls, name, index) is None]
+        if own and taken:
+            raise UnsupportedModuleError(
+                f"{name}: the block of a call would be held by {call_name(name, taken[0])!r}, which is a linear itself. "
+                "Use per_call_site=False, or rename that module."
+            )
+        others = [call_owner(self.calls, name, index) for index in range(len(calls))]
+        for other in [home_of(self.root, name)] if own else others:
+            state = None if other is None else owner_state(self.root, other)
             if state is not None and state.blocks:
                 had = "one block for all its calls" if own else "a block for each of its calls"
                 raise StateError(
@@ -137,14 +156,23 @@ class GraphHost(Host):
 
     def block_names(self) -> dict[str, str]:
         own = [call_name(name, index) for name, calls in self.calls.items() for index in range(len(calls))]
-        homes = {name: home_of(self.root, name) for name in self.names()}
+        homes = {name: home_of(self.root, self._canonical(name)) for name in self.names()}
         return {name: name for name in (*homes.values(), *own)} | homes
 
+    def are_calls(self, blocks: Iterable[str]) -> bool:
+        return any(self._call_of(owner) is not None for owner in blocks)
+
     def sites_of(self, owner: str) -> list[Site]:
-        name, mark, call = owner.rpartition("#")
-        if not mark or owner in self.calls:
-            return self.calls[owner]
-        return [self.calls[name][int(call)]] if call else self.calls[name]
+        if (call := self._call_of(owner)) is not None:
+            return [call]
+        return self.calls[owner if owner in self.calls else owner.removesuffix("#")]
+
+    def _call_of(self, owner: str) -> Site | None:
+        """The call that an owner is of, where each call of the weight has one."""
+        name, _, number = owner.rpartition("#")
+        if owner in self.calls or not number.isdecimal() or int(number) >= len(self.calls.get(name, ())):
+            return None
+        return self.calls[name][int(number)]
 
     def kind_of(self, owner: str) -> str:
         sites = self.sites_of(owner)
@@ -161,11 +189,11 @@ class GraphHost(Host):
         folds: dict[object, Fold] = {}
         adapted: set[int] = set()
         for name, calls in self.calls.items():
-            uses: list[tuple[str, list[Site], int | None]] = [(home_of(self.root, name), calls, None)]
-            uses += [(call_name(name, index), [site], index) for index, site in enumerate(calls)]
+            uses: list[tuple[str | None, list[Site], int | None]] = [(home_of(self.root, name), calls, None)]
+            uses += [(call_owner(self.calls, name, index), [site], index) for index, site in enumerate(calls)]
             for owner, sites, call in uses:
-                state, path = owner_state(self.root, owner), sites[0].path
-                if state is None or path is None or not any(n in state.blocks for n in names):
+                state, path = None if owner is None else owner_state(self.root, owner), sites[0].path
+                if owner is None or state is None or path is None or not any(n in state.blocks for n in names):
                     continue
                 check_staying(owner, state, names)
                 self._check_clonable(owner, sites[0], call)

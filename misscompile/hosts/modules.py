@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from misscompile.errors import MergeError
-from misscompile.hosts.base import Fold, Host, Part, Users, check_staying, write_copies
+from misscompile.hosts.base import Fold, Host, Part, Users, check_staying, has_attribute, is_adapter_part, write_copies
 from misscompile.hosts.owner_class import (
     REWRITE,
     before_and_after,
@@ -45,10 +45,13 @@ class ModuleHost(Host):
         return [name for name in self.modules if name or linear_shape(self.root) is not None]
 
     def linear_names(self) -> list[str]:
+        layers = [name for name, module in self.modules.items() if "base_layer" in module._modules and _is_of_peft(module)]
         return [
             name
             for name, module in self.modules.items()
-            if module not in self._tied and (_is_linear(module) or _is_scripted_linear(module))
+            if module not in self._tied
+            and (_is_linear(module) or _is_scripted_linear(module))
+            and not any(is_adapter_part(name, layer) for layer in layers)
         ]
 
     def output_names(self) -> set[str]:
@@ -111,7 +114,7 @@ class ModuleHost(Host):
             return "its shape is not known yet; run the model once on real input first"
         if getattr(vars(owner).get("_hf_hook"), "offload", False):
             return "accelerate offloads its weight; adapt the model before dispatching it"
-        if STATE not in vars(owner) and _has_attribute(owner, block.parameter):
+        if STATE not in vars(owner) and has_attribute(owner, block.parameter):
             return f"it already has an attribute {block.parameter!r}"
         scope = owner_scope(owner)
         if scope.opaque is None:
@@ -251,6 +254,10 @@ def _folded(owner: nn.Module, names: Sequence[str]) -> Any:
     return owner_scope(owner).sites[0].path, blocks
 
 
+def _is_of_peft(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.")
+
+
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
@@ -261,14 +268,6 @@ def _is_linear(module: nn.Module) -> bool:
 def _is_scripted_linear(module: nn.Module) -> bool:
     """Whether TorchScript made a module of a linear: it is refused, and told."""
     return isinstance(module, torch.jit.ScriptModule) and linear_shape(module) is not None
-
-
-def _has_attribute(module: nn.Module, name: str) -> bool:
-    """`hasattr`, without the error by which `nn.Module` says no and which takes most of its time."""
-    if type(module).__getattr__ is not nn.Module.__getattr__:
-        return hasattr(module, name)
-    registered = name in module._parameters or name in module._buffers or name in module._modules
-    return registered or name in vars(module) or hasattr(type(module), name)
 
 
 @torch.no_grad()

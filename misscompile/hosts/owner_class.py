@@ -104,9 +104,7 @@ def _subclass(base: type[nn.Module], members: Mapping[str, Any]) -> type[nn.Modu
 
         def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
             acting = type(self)
-            self.__class__ = getattr(
-                self, STATE
-            ).base_class
+            self.__class__ = getattr(self, STATE).base_class
             try:
                 self._load_from_state_dict(state_dict, prefix, *args)
             finally:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from misscompile.hosts.graph_parts import home_of, other_name
 from misscompile.hosts.owner_class import refresh_owner
-from misscompile.hosts.whole_graph import WholeGraph, derive_graph, home_of, record_of
+from misscompile.hosts.whole_graph import WholeGraph, derive_graph, record_of
 from misscompile.passes.find_sites import sites_by_name
 from misscompile.passes.follow_mode import frozen_mode
 from misscompile.passes.runner import RECOVER, run_passes
-from misscompile.passes.strip_updates import tagged_blocks
+from misscompile.passes.strip_updates import tagged_blocks, tagged_copies
 from misscompile.passes.unshare_weights import call_name
-from misscompile.record.state import STATE, OwnerState, copy_name
+from misscompile.record.state import STATE, OwnerState
 from misscompile.record.walk import owners
 from misscompile.record.words import Adapter, Block, Scope
 from misscompile.rules.config import MissConfig
@@ -42,13 +42,13 @@ def recover_adapters(root: WholeGraph) -> None:
     if not blocks:
         return
     names = list(dict.fromkeys(adapter for _, adapter in blocks))
-    _adopt_copies(root, graph, names)
+    _adopt_copies(root, graph)
     scope = Scope(root, graph, "whole graph")
     run_passes(RECOVER, scope)
     record_of(root).mode = frozen_mode(graph)  # a dropout of the adapter follows the mode again
     calls = sites_by_name(scope)
-    sites = {home_of(root, name): found[0] for name, found in calls.items()}
-    sites |= {call_name(name, i): call for name, found in calls.items() for i, call in enumerate(found)}
+    sites = {call_name(name, i): call for name, found in calls.items() for i, call in enumerate(found)}
+    sites |= {home_of(root, name): found[0] for name, found in calls.items()}
     adapters = {
         name: Adapter(name, _read_config({owner: b for (owner, adapter), b in blocks.items() if adapter == name}))
         for name in names
@@ -60,6 +60,7 @@ def recover_adapters(root: WholeGraph) -> None:
         state = vars(owner).get(STATE)
         if state is None:
             state = OwnerState(type(owner), (site.in_features, site.out_features), in_graph=True)
+            state.stands_for = other_name(owner_name, site.owner)
             vars(owner)[STATE] = state
         state.blocks[adapter_name], state.adapters[adapter_name] = block, adapters[adapter_name]
         state.active = (*state.active, adapter_name)
@@ -82,13 +83,13 @@ def _read_config(blocks: dict[str, Block]) -> MissConfig:
     )
 
 
-def _adopt_copies(root: WholeGraph, graph: fx.Graph, adapters: Iterable[str]) -> None:
+def _adopt_copies(root: WholeGraph, graph: fx.Graph) -> None:
     """Give each copy that an adapter trained the name of the tensor it stands for."""
+    copies = tagged_copies(graph)
     for node in graph.nodes:
-        owner_name, _, held = str(node.target).rpartition(".")
-        prefixes = [prefix for name in adapters if held.startswith(prefix := copy_name(name, ""))]
-        if node.op == "get_attr" and prefixes:
-            owner, name = root.get_submodule(owner_name), held.removeprefix(prefixes[0])
+        if node.op == "get_attr" and node.target in copies:
+            held, name = (target.rpartition(".")[2] for target in (node.target, copies[node.target]))
+            owner, node.target = root.get_submodule(node.target.rpartition(".")[0]), copies[node.target]
             registry: dict[str, Any] = owner._parameters if held in owner._parameters else owner._buffers
-            registry[name] = registry.pop(held)
-            node.target = f"{owner_name}.{name}" if owner_name else name
+            if held in registry:  # not renamed by an earlier read
+                registry[name] = registry.pop(held)

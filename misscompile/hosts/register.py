@@ -69,6 +69,7 @@ def register_blocks(host: Host, plan: Plan) -> None:
     for target in plan.targets:
         state = _state(target.owner, (target.in_features, target.out_features), host.in_graph)
         state.blocks[adapter.name], state.adapters[adapter.name] = target.block, adapter
+        state.stands_for = target.stands_for
         target.owner.register_parameter(target.block.parameter, plan.parameters[target.name])
     for owner, copies in plan.copies.items():
         state = _state(owner, None, host.in_graph)

@@ -13,7 +13,7 @@ import dataclasses
 import linecache
 import unicodedata
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -23,19 +23,27 @@ from torch.fx import graph_module
 from torch.fx.graph import PythonCode
 
 from misscompile.errors import ArgumentError, CaptureError, StateError
+from misscompile.hosts.graph_parts import call_owner, home_of, keep_structure
+from misscompile.hosts.graph_pickle import is_guards, read_graph, read_guards, write_graph, write_guards
 from misscompile.passes.find_sites import find_sites, sites_by_name
 from misscompile.passes.follow_mode import frozen_mode
 from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import ADAPT, CAPTURE, run_passes
-from misscompile.passes.unshare_weights import call_name
 from misscompile.record.state import STATE
-from misscompile.record.walk import owner_state, owner_states
-from misscompile.record.words import Scope
+from misscompile.record.walk import join, owner_states
+from misscompile.record.words import Block, Scope
 
 RECORD = "misscompile"
 """Key in `GraphModule.meta` of the `GraphRecord`."""
 
 _OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection")
+
+
+Acting = tuple[fx.Graph, tuple[tuple[str, tuple[Block, ...]], ...], tuple[tuple[str, str], ...]]
+"""A base graph, the blocks that act on it by owner, and the tensors of it that are trained in full, each with its copy."""
+
+_COMPILED = ("_graph", "_code", "_lineno_map", "_prologue_start")
+"""What `GraphModule.recompile` makes of a graph, beside the function `forward` of the class."""
 
 
 @dataclasses.dataclass
@@ -53,6 +61,10 @@ class GraphRecord:
     """Names of the output embedding."""
     kept_base: fx.Graph | None = None
     """The base graph as it was before a merge that can be undone, where that merge changed it."""
+    acting: Acting | None = None
+    """What the graph that runs was derived from; None where it was not derived."""
+    derived: dict[Acting, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Each graph that ran before, with its compiled code: a set that acts again recompiles nothing."""
 
 
 class WholeGraph(fx.GraphModule):
@@ -94,11 +106,45 @@ class WholeGraph(fx.GraphModule):
     def __deepcopy__(self, memo: Any) -> WholeGraph:
         copied = super().__deepcopy__(_copy_graphs_once(self, memo))
         assert isinstance(copied, WholeGraph)
-        keep_persistence(copied, self)
+        keep_structure(copied, self)
         if any(state.disabled for state in owner_states(self).values()):  # the context will not come back for the copy
             swap_base(copied)
             derive_graph(copied)
         return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if RECORD not in self.meta:
+            return super().__reduce__()
+        record, held = record_of(self), {"_parameters": self._parameters, "_buffers": self._buffers}
+        modules = {name: None if is_guards(module) else module for name, module in self._modules.items()}
+        guards = {name: write_guards(module) for name, module in self._modules.items() if module and is_guards(module)}
+        plain = {"training": self.training, "_non_persistent_buffers_set": self._non_persistent_buffers_set}
+        graphs = [None if graph is None else write_graph(graph) for graph in (record.base, record.kept_base)]
+        told = {name: getattr(record, name) for name in ("mode", "model_type", "name_or_path", "outputs")}
+        disabled = any(state.disabled for state in owner_states(self).values())
+        return _unpickle, (held | {"_modules": modules}, guards, plain, graphs, told, disabled)
+
+
+def _unpickle(
+    held: dict[str, dict[str, Any]],
+    guards: dict[str, Any],
+    plain: dict[str, Any],
+    graphs: list[Any],
+    told: dict[str, Any],
+    disabled: bool,
+) -> WholeGraph:
+    held["_modules"] |= {name: read_guards(written) for name, written in guards.items()}
+    source = nn.Module()
+    vars(source).update(held)
+    base, kept = (None if written is None else read_graph(written) for written in graphs)
+    assert base is not None
+    root = WholeGraph(source, copy_nodes(base))
+    vars(root).update(held | plain)
+    root.meta[RECORD] = GraphRecord(base, **told, kept_base=kept)
+    if disabled:
+        swap_base(root)
+    derive_graph(root)
+    return root
 
 
 def record_of(root: WholeGraph) -> GraphRecord:
@@ -132,13 +178,15 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
     """
     module: Any = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     shared: dict[int, Any] = {}
+    by_place: dict[Any, nn.Parameter] = {}
     for held_by in module.modules():
         state = vars(held_by).get(STATE)
         ours = state.all_registered() if state else ()
         for name, parameter in held_by._parameters.items():
             if parameter is not None:
                 values = parameter.detach().clone() if name in ours else parameter.detach()
-                shared.setdefault(id(parameter), nn.Parameter(values, requires_grad=False))
+                made = nn.Parameter(values, requires_grad=False)
+                shared.setdefault(id(parameter), by_place.setdefault(_place(made), made))
     held = vars(module)
     patched = {name: held.pop(name) for name in ("train", "eval") if name in held}  # torch.export forbids both by instance
     try:
@@ -151,12 +199,20 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
         raise ArgumentError(f"model: expected a GraphModule or an ExportedProgram, found {type(model).__name__}.")
     inline_graph(copied)
     root = WholeGraph(copied, copied.graph)
-    keep_persistence(root, module)
+    keep_structure(root, module)
     root.training = module.training
     root.meta = dict(getattr(copied, "meta", {}))
     graph = copy_nodes(copied.graph)
     root.meta[RECORD] = GraphRecord(graph, frozen_mode(graph), outputs=_exported_output_names(graph))
     return root
+
+
+def _place(parameter: nn.Parameter) -> object:
+    """What two parameters have in common if they hold the same values: `torch.export.load` ties no others."""
+    if type(parameter) is not nn.Parameter or parameter.layout != torch.strided or not parameter.numel():
+        return parameter
+    storage = parameter.untyped_storage()._cdata
+    return storage, parameter.storage_offset(), parameter.shape, parameter.stride(), parameter.dtype
 
 
 def inline_graph(module: fx.GraphModule) -> None:
@@ -188,14 +244,6 @@ def copy_nodes(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def keep_persistence(copied: nn.Module, source: nn.Module) -> None:
-    """Let the same buffers be left out of the `state_dict` as in `source`; a `GraphModule` forgets which those are."""
-    modules = dict(copied.named_modules(remove_duplicate=False))
-    for name, module in source.named_modules(remove_duplicate=False):
-        if name in modules:
-            modules[name]._non_persistent_buffers_set = module._non_persistent_buffers_set & set(modules[name]._buffers)
-
-
 def base_scope(root: WholeGraph) -> Scope:
     """A copy of the base graph with its sites and refusals; each site under the name of its owner."""
     scope = Scope(root, copy_nodes(record_of(root).base), "whole graph")
@@ -205,38 +253,42 @@ def base_scope(root: WholeGraph) -> Scope:
 
 def derive_graph(root: WholeGraph) -> None:
     """Make the graph of `root` that of its base with the blocks that act now."""
-    scope = base_scope(root)
-    for name, calls in sites_by_name(scope).items():
-        for index, site in enumerate(calls):
-            for owner in (home_of(root, name), call_name(name, index)):
-                state = owner_state(root, owner)
-                if state is not None and state.shape is not None and state.blocks:
-                    site.blocks, site.owner = state.effective_blocks(), owner
-    run_passes(ADAPT, scope)
-    root.graph = scope.graph
-    root.recompile()
+    record = record_of(root)
+    states = owner_states(root)
+    blocks = {name: found for name, state in states.items() if (found := state.effective_blocks())}
+    held = [(name, pair) for name, state in states.items() for pair in state.effective_copies()]
+    copies = tuple((join(name, tensor), join(name, copied)) for name, (tensor, copied) in held)
+    acting = record.base, tuple(blocks.items()), copies
+    if acting != record.acting:
+        if record.acting is not None:
+            record.derived[record.acting] = {key: vars(root)[key] for key in _COMPILED} | {"forward": type(root).forward}
+        _drop_derived(record, {(name, block) for name, state in states.items() for block in state.blocks.values()})
+        if acting in record.derived:
+            compiled = dict(record.derived[acting])
+            type(root).forward = compiled.pop("forward")
+            vars(root).update(compiled)
+        else:
+            scope = base_scope(root)
+            scope.copies = copies
+            named = sites_by_name(scope)
+            for name, calls in named.items():
+                for index, site in enumerate(calls):
+                    for owner in (home_of(root, name), call_owner(named, name, index)):
+                        if owner in blocks:
+                            site.blocks, site.owner = blocks[owner], owner
+            run_passes(ADAPT, scope)
+            root.graph = scope.graph
+        change_record(root, acting=acting)
     _drop_empty_containers(root)
 
 
-def home_of(root: nn.Module, name: str) -> str:
-    """The module that holds the block of a site: that of its name, or one beside the parameter that has this name itself."""
-    parent, _, last = name.rpartition(".")
-    holder: nn.Module | None = root
-    for part in parent.split(".") if parent else ():
-        holder = holder._modules.get(part) if holder is not None else None
-    return f"{name}#" if holder is not None and last in holder._parameters else name
-
-
-def require_container(root: nn.Module, name: str) -> nn.Module:
-    """The module of this name, made where no module of the captured model has it."""
-    module = root
-    for part in name.split(".") if name else ():
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        child = module._modules[part]
-        assert child is not None
-        module = child
-    return module
+def _drop_derived(record: GraphRecord, blocks: Collection[tuple[str, Block]]) -> None:
+    """Forget the graphs of other bases, and of blocks that are not registered any more."""
+    bases = (record.base, record.kept_base)
+    for acting in list(record.derived):
+        base, acted, _ = acting
+        if base not in bases or any((name, block) not in blocks for name, found in acted for block in found):
+            del record.derived[acting]
 
 
 def _drop_empty_containers(root: WholeGraph) -> None:
@@ -258,6 +310,7 @@ def _copy_graphs_once(module: fx.GraphModule, memo: dict[int, Any]) -> dict[int,
     graphs = [module.graph]
     if isinstance(module, WholeGraph) and RECORD in module.meta:
         record = record_of(module)
+        memo[id(record.derived)] = {}
         graphs += [graph for graph in (record.base, record.kept_base) if graph is not None]
     for graph in graphs:
         memo.setdefault(id(graph), copy_nodes(graph))

@@ -77,11 +77,17 @@ def owner_states(model: nn.Module) -> dict[str, OwnerState]:
     return {name: vars(owner)[STATE] for name, owner in owners(model).items()}
 
 
-def owner_state(root: nn.Module, name: str) -> OwnerState | None:
-    """The record on the module of this name, or None where there is none of either."""
+def find_module(root: nn.Module, name: str) -> nn.Module | None:
+    """The module of this name, or None."""
     module: nn.Module | None = root
     for part in name.split(".") if name else ():
         module = module._modules.get(part) if module is not None else None
+    return module
+
+
+def owner_state(root: nn.Module, name: str) -> OwnerState | None:
+    """The record on the module of this name, or None where there is none of either."""
+    module = find_module(root, name)
     state: OwnerState | None = None if module is None else vars(module).get(STATE)
     return state
 

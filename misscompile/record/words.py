@@ -113,6 +113,8 @@ class Scope:
     """Calls that look like linears and cannot take a block."""
     unnamed: list[str] = dataclasses.field(default_factory=list)
     """Weights of linear calls of which nothing tells the owner."""
+    copies: tuple[tuple[str, str], ...] = ()
+    """`(tensor, the copy that stands for it)` below the root, of all that the active adapters train in full."""
     evaluation: fx.Graph | None = None
     """The graph of the same model in evaluation mode, where both were traced."""
     follows_mode: bool = False
@@ -134,6 +136,8 @@ class Target:
     """Targets with the same value share one block: those of one weight."""
     scope: Scope | None = None
     """That of the owner's forward, where blocks act in it."""
+    stands_for: str | None = None
+    """The last segment of the name that the rules chose, where the owner has another one."""
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BLOCK = "miss_block"
 DTYPES = ("F64", "F32", "F16", "BF16")
+_REPEATS = "repeats"
+"""Key of the header's metadata: which tensors stand under another name of their module too, as JSON."""
 _BONE_BLOCK = "bone_block"  # MiSS's name before it was published
 _PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -43,6 +45,8 @@ class Entry:
     key: str
     shape: tuple[int, ...]
     dtype: str
+    repeats: bool = False
+    """Whether the file says that the tensor stands under another name of its module too."""
 
     def error(self, what: str) -> CheckpointError:
         """The error that says `what` of this entry."""
@@ -56,8 +60,13 @@ class Entry:
             raise self.error(f"has dtype {self.dtype}{dtype_told}")
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files of an adapter folder, both or neither. `tensors` are given by name."""
+def write_folder(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], repeats: Sequence[str] = ()
+) -> None:
+    """Write the two files of an adapter folder, both or neither. `tensors` are given by name.
+
+    `repeats` are names of tensors that stand under another name too.
+    """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: an adapter is saved into a folder, and this is a file.")
     for name, value in tensors.items():
@@ -66,7 +75,8 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[st
     # safetensors refuses tensors that share memory
     values = {PREFIX + name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    replace_files(folder, {WEIGHTS_FILE: save(values, metadata={"format": "pt"}), CONFIG_FILE: text.encode()})
+    metadata = {"format": "pt"} | ({_REPEATS: json.dumps([PREFIX + name for name in repeats])} if repeats else {})
+    replace_files(folder, {WEIGHTS_FILE: save(values, metadata=metadata), CONFIG_FILE: text.encode()})
 
 
 def find_folder(folder: object, revision: str | None = None) -> Path:
@@ -114,7 +124,10 @@ def read_entries(path: Path) -> list[Entry]:
         raise CheckpointNotFoundError(f"{path}: not found.{hint}")
     with _open(path) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        return [Entry(path, key, tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()]
+        repeats = json.loads((file.metadata() or {}).get(_REPEATS, "[]"))
+        return [
+            Entry(path, key, tuple(part.get_shape()), str(part.get_dtype()), key in repeats) for key, part in slices.items()
+        ]
 
 
 @torch.inference_mode(False)  # a block may be the tensor that was read

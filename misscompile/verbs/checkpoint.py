@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,27 @@ from misscompile.record.walk import named_modules, owner_states, require_adapter
 from misscompile.record.words import Adapter, Plan
 from misscompile.rules.names import exact_targets
 from misscompile.storage.peft_format import (
+    BLOCK,
     WEIGHTS_FILE,
     find_folder,
     read_config,
     read_entries,
     read_tensors,
-    strip_key,
     to_path,
     write_folder,
 )
 from misscompile.verbs.adapt import M, install_plan
 from misscompile.verbs.file_keys import (
     Keys,
-    adapter_tensors,
     check_blocks,
+    check_frozen,
     check_live,
+    check_repeated,
     check_shared_blocks,
     check_trained_in_full,
+    keys_of,
+    live_tensors,
+    rule_names,
     sort_keys,
 )
 from misscompile.verbs.plan import check_adapter_name, make_plan
@@ -59,7 +62,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     """
     root, path = unwrap_model(model), to_path(folder, "folder")
     adapter = require_adapter(root, adapter_name)
-    write_folder(path, adapter_tensors(root, adapter_name), _config_to_write(root, adapter))
+    live = live_tensors(root, adapter_name)
+    keys = keys_of(root, adapter_name, live)
+    tensors = {key: live[held] for held, names in keys.items() for key in names}
+    repeats = [key for names in keys.values() for key in names[1:]]
+    write_folder(path, tensors, _config_to_write(root, adapter), repeats)
     if adapter.config.rank_pattern:
         told = "misscompile reads it, PEFT's MiSS cannot, which has no rank_pattern; save_as_lora writes a folder for PEFT"
         warnings.warn(f"{path}: {told}.", MissWarning, stacklevel=2)
@@ -99,6 +106,7 @@ def load_adapter(
     host = open_host(model, "load_adapter")
     check_adapter_name(adapter_name, owner_states(host.root))
     plan, keys = _plan_to_load(host, find_folder(folder, revision), adapter_name, is_trainable, round_bat_weight)
+    check_repeated(keys)
     blocks, tensors = read_tensors(keys.blocks), read_tensors(keys.tensors)
     check_shared_blocks(keys, plan, blocks)
     copies = {
@@ -116,8 +124,8 @@ def _plan_to_load(host: Host, folder: Path, adapter_name: str, trainable: bool, 
     config, weights = read_config(folder), folder / WEIGHTS_FILE
     config.inference_mode = not trainable
     entries = read_entries(weights)
-    host.per_call_site = any(re.search(r"#\d", entry.key) for entry in entries)
     keys = sort_keys(host, weights, entries)
+    host.per_call_site = host.are_calls(keys.blocks)
     try:
         plan = make_plan(host, config, adapter_name, round_bat_weight, trainable)
     except MissError as error:
@@ -158,22 +166,28 @@ def hotswap_adapter(
                 f"{path}: its {field} is {getattr(config, field)!r}, that of the adapter on the model "
                 f"{getattr(adapter.config, field)!r}: load it under a new name with load_adapter instead."
             )
-    keys = sort_keys(hosts_in(root)[0], weights, read_entries(weights))
-    stored = {strip_key(entry.key): entry for entry in (*keys.blocks.values(), *keys.tensors.values())}
-    live = adapter_tensors(root, adapter_name)
-    check_live(keys, stored, live)
-    for name, value in read_tensors(stored).items():
-        live[name].copy_(value)
+    host = hosts_in(root)[0]
+    keys = sort_keys(host, weights, read_entries(weights))
+    live = live_tensors(root, adapter_name)
+    check_frozen(keys, {owner for owner, tensor in live if tensor == BLOCK}, live)
+    stored = {(host.modules[name], BLOCK): entry for name, entry in keys.blocks.items()} | keys.tensors
+    check_live(weights, stored, live, keys_of(root, adapter_name, live))
+    check_repeated(keys)
+    for held, value in read_tensors(stored).items():
+        live[held].copy_(value)
     return model
 
 
 def _config_to_write(root: nn.Module, adapter: Adapter) -> dict[str, Any]:
-    config = adapter.config
+    config, chosen = adapter.config, rule_names(root, adapter.name)
     values = config.to_dict() | {"inference_mode": True}
-    if config.target_modules is None or config.selects_all_linear:  # what was chosen here, wherever it is read
-        chosen = [name.partition("#")[0] for name, state in owner_states(root).items() if adapter.name in state.blocks]
-        names = list(named_modules(root, remove_duplicate=False))
-        values["target_modules"] = exact_targets(list(dict.fromkeys(chosen)), names)
+    aliased = len(chosen) > sum(adapter.name in state.blocks for state in owner_states(root).values())
+    # what was chosen here, wherever it is read; only "all-linear" chooses a model that is a linear itself
+    if (config.target_modules is None or config.selects_all_linear or aliased) and "" not in chosen:
+        names = [*named_modules(root, remove_duplicate=False), *chosen]
+        values["target_modules"] = exact_targets(chosen, names)
+        if isinstance(values["target_modules"], str):  # which goes with no rules for layers, and needs none
+            values |= {"layers_to_transform": None, "layers_pattern": None}
     name = getattr(root, "name_or_path", None)
     if config.base_model_name_or_path is None and isinstance(name, str):
         values["base_model_name_or_path"] = name or None

@@ -12,10 +12,10 @@ import torch
 from torch import fx, nn
 
 from misscompile.errors import ArgumentError, ConfigError, NoMatchError, StateError, UnsupportedModuleError
-from misscompile.hosts.base import Host
+from misscompile.hosts.base import Host, has_attribute
 from misscompile.hosts.modules import refusal_notes
-from misscompile.record.state import STATE, OwnerState
-from misscompile.record.walk import check_enabled, check_unmerged
+from misscompile.record.state import STATE, OwnerState, copy_name
+from misscompile.record.walk import check_enabled, check_unmerged, join
 from misscompile.record.words import Adapter, Block, Plan, Refusal, Target
 from misscompile.rules.config import MissConfig
 from misscompile.rules.model_types import TARGETS_BY_MODEL_TYPE
@@ -54,6 +54,7 @@ def make_plan(
     refusals += misfits
     saved = [host.modules[name] for name in selection.saved if name in host.modules]
     copied = _trained_in_full(host, config, saved, targets)
+    _check_names_free(host, copied, adapter_name)
     ranks = ranks_without_effect(config, [target.name for target in targets])
     notes = [*selection.notes, *ranks, *refusal_notes("not adapted:", refusals), *host.notes(targets)]
     return Plan(Adapter(adapter_name, config, trainable, tuple(refusals)), host.canonical, targets, notes, copied)
@@ -130,6 +131,17 @@ def _trained_in_full(
             _check_copies_act(module, module_name, names[0])
             found[module] = tuple(names)
     return found
+
+
+def _check_names_free(host: Host, copied: Mapping[nn.Module, Sequence[str]], adapter_name: str) -> None:
+    """Refuse a copy whose name something else has: the adapters `a` and `a_b` meet on the tensors `b_c` and `c`."""
+    for module, tensors in copied.items():
+        for tensor in tensors:
+            if has_attribute(module, name := copy_name(adapter_name, tensor)):
+                raise ConfigError(
+                    f"adapter_name={adapter_name!r}: the trained copy of {join(host.canonical[module], tensor)} would be "
+                    f"{name!r}, which its module has already; choose another name."
+                )
 
 
 def _check_copies_act(module: nn.Module, module_name: str, tensor: str) -> None:
