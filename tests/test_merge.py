@@ -201,14 +201,18 @@ def _tied_afterwards(model: Any) -> Any:
             _two_adapters,
             "...read one weight, each with blocks of its own: ...parameter of its own...",
         ),
-        *((route, tie, _two_adapters, "") for route in ("traced", "captured") for tie in (_tie_by_data, _overlap_rows)),
-        *((route, _tie_embedding, _one_adapter, "") for route in ("traced", "captured")),
+        *((route, _overlap_rows, _two_adapters, "") for route in ("traced", "captured")),
+        *(
+            (route, _tie_by_data, _two_adapters, "...read one weight, each with blocks...")
+            for route in ("traced", "captured")
+        ),
+        *((route, _tie_embedding, _one_adapter, "a: its weight is also read by...") for route in ("traced", "captured")),
     ],
 )
 def test_what_lies_in_the_memory_of_a_weight_stays_or_the_merge_is_refused(
     route: str, tie: Any, adapt: Any, told: str
 ) -> None:
-    """A graph gets new parameters, so that only what reads the same parameter changes."""
+    """A graph gets new parameters, so that a view of the same memory stays; a tie by `.data` is one parameter there."""
     pair, x = _Pair().double(), torch.randn(3, 6, dtype=torch.float64)
     tie(pair)
     model = fill_blocks(adapt({"module": lambda m: m, "traced": fx.symbolic_trace, "captured": _captured}[route](pair)), 0.5)

@@ -614,7 +614,7 @@ def test_of_two_tied_modules_the_one_that_is_saved_is_trained(route: str, saved:
     expected = copy.deepcopy(base)
     block = model.get_parameter("middle.miss_block_default")
     expected.middle.weight.data += reference_delta(True, block, base.middle.weight)
-    trained = model.get_parameter(f"{saved}.miss_copy_default_weight")
+    trained = model.get_parameter(f"{saved}.miss_copy_default:weight")
     expected.get_submodule(saved).weight = nn.Parameter(trained.detach().clone())
     assert max_error(expected(IDS), base(IDS)) > 1e-2
     assert max_error(model(IDS), expected(IDS)) < 1e-12

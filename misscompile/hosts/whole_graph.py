@@ -260,11 +260,13 @@ def derive_graph(root: WholeGraph) -> None:
     copies = tuple((join(name, tensor), join(name, copied)) for name, (tensor, copied) in held)
     acting = record.base, tuple(blocks.items()), copies
     if acting != record.acting:
+        derived = _still_derived(
+            record, {(name, block) for name, state in states.items() for block in state.blocks.values()}
+        )
         if record.acting is not None:
-            record.derived[record.acting] = {key: vars(root)[key] for key in _COMPILED} | {"forward": type(root).forward}
-        _drop_derived(record, {(name, block) for name, state in states.items() for block in state.blocks.values()})
-        if acting in record.derived:
-            compiled = dict(record.derived[acting])
+            derived[record.acting] = {key: vars(root)[key] for key in _COMPILED} | {"forward": type(root).forward}
+        if acting in derived:
+            compiled = dict(derived[acting])
             type(root).forward = compiled.pop("forward")
             vars(root).update(compiled)
         else:
@@ -278,17 +280,18 @@ def derive_graph(root: WholeGraph) -> None:
                             site.blocks, site.owner = blocks[owner], owner
             run_passes(ADAPT, scope)
             root.graph = scope.graph
-        change_record(root, acting=acting)
+        change_record(root, acting=acting, derived=derived)
     _drop_empty_containers(root)
 
 
-def _drop_derived(record: GraphRecord, blocks: Collection[tuple[str, Block]]) -> None:
-    """Forget the graphs of other bases, and of blocks that are not registered any more."""
+def _still_derived(record: GraphRecord, blocks: Collection[tuple[str, Block]]) -> dict[Acting, dict[str, Any]]:
+    """The graphs that ran before, without those of other bases, and of blocks that are not registered any more."""
     bases = (record.base, record.kept_base)
-    for acting in list(record.derived):
-        base, acted, _ = acting
-        if base not in bases or any((name, block) not in blocks for name, found in acted for block in found):
-            del record.derived[acting]
+    return {
+        acting: compiled
+        for acting, compiled in record.derived.items()
+        if acting[0] in bases and all((name, block) in blocks for name, found in acting[1] for block in found)
+    }
 
 
 def _drop_empty_containers(root: WholeGraph) -> None:
