@@ -64,8 +64,8 @@ class WholeGraph(fx.GraphModule):
             had, wanted = ("training", "evaluation") if frozen else ("evaluation", "training")
             raise StateError(
                 f"this graph was captured in {had} mode, and its nodes compute something else than the model in {wanted} "
-                f"mode (dropout, batch norm). Capture the model again in {wanted} mode, or, where only dropout differs, "
-                "with misscompile.capture, which lets it follow the mode."
+                f"mode (dropout, batch norm, random numbers). Capture the model again in {wanted} mode, or, where only "
+                "dropout differs, with misscompile.capture, which lets it follow the mode."
             )
         for module in self.modules():
             module.training = bool(mode)
