@@ -22,7 +22,7 @@ from support import (
     snapshot,
     train_step,
 )
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from zoo import ConvolutionNet, captured, make_batch, make_model, normal, tokens
 
@@ -164,6 +164,31 @@ def test_training_lowers_the_loss_as_the_module_route_does(init_weights: Any) ->
     losses = [[train_step(model, **batch) for _ in range(4)] for model in models]
     assert losses[1][-1] < losses[1][0] - 1e-3
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-9
+
+
+class Mixing(nn.Module):
+    """1×1 convolutions whose output is not laid out as it is indexed, in front of what sums in the order of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.widen, self.narrow = nn.LayerNorm(24), nn.Conv2d(24, 96, 1), nn.Conv2d(96, 24, 1)
+        self.depthwise, self.groups = nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.GroupNorm(4, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        y: Tensor = self.groups(self.depthwise(self.narrow(torch.tanh(self.widen(x)))))
+        return y.mean((2, 3))
+
+
+@torch.no_grad()
+def test_zero_blocks_on_convolutions_change_no_bit_in_whatever_layout() -> None:
+    torch.manual_seed(0)
+    model, x = Mixing().eval(), normal(2, 24, 16, 16)
+    for graph in (mc.capture(model, (x,)), fx.symbolic_trace(model)):
+        for variant in VARIANTS:
+            adapted = mc.adapt(graph, fields(variant, target_modules=["widen", "narrow"]))
+            assert len(blocks_of(adapted)) == 2
+            assert torch.equal(adapted(x), graph(x))
 
 
 def test_dropout_drops_the_input_of_the_update_alone() -> None:
