@@ -120,6 +120,21 @@ def owner_scope(owner: nn.Module) -> Scope:
     return scope
 
 
+def present_scope(owner: nn.Module) -> Scope:
+    """`owner_scope`, or where that is opaque the forward as the owner's plain attributes let it be now, if it is the linear.
+
+    An update of the output of that forward is then one of the weight.
+    """
+    scope = owner_scope(owner)
+    if scope.opaque is None or scope.shape is None:
+        return scope
+    now = trace_owner(owner, base_class_of(owner), scope.shape, vars(owner)[STATE].foreign_forward, present=True)
+    find_sites(now)
+    (output,), inputs = now.graph.find_nodes(op="output"), now.graph.find_nodes(op="placeholder")
+    plain = now.opaque is None and [(site.node, site.x) for site in now.sites] == [(output.args[0], inputs[0])]
+    return now if plain else scope
+
+
 def refresh_owner(owner: nn.Module, name: str = "the module", base: Scope | None = None) -> None:
     """Derive the class of an owner from its record again, after either changed; `base` is its scope where that is known."""
     state: OwnerState = vars(owner)[STATE]

@@ -115,6 +115,8 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
     for held_by in module.modules():
         state = vars(held_by).get(STATE)
         ours = state.all_registered() if state else ()
+        made = (value for value in vars(held_by).values() if isinstance(value, torch.Tensor) and not value.is_leaf)
+        shared |= {id(value): value.detach() for value in made}  # by a hook, before the next call
         for name, parameter in held_by._parameters.items():
             if parameter is not None:
                 values = parameter.detach().clone() if name in ours else parameter.detach()
