@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import (
+    TRACERS,
     VARIANTS,
     blocks_of,
     fields,
@@ -19,6 +20,7 @@ from support import (
     largest_difference,
     max_error,
     reference_delta,
+    shake,
     snapshot,
     train_step,
 )
@@ -164,6 +166,96 @@ def test_training_lowers_the_loss_as_the_module_route_does(init_weights: Any) ->
     losses = [[train_step(model, **batch) for _ in range(4)] for model in models]
     assert losses[1][-1] < losses[1][0] - 1e-3
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-9
+
+
+class Tower(nn.Module):
+    """As open_clip's: `proj` is a parameter, and no module has its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc, self.proj = nn.LayerNorm(12), nn.Linear(12, 12), nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(self.norm(x))) @ self.proj
+
+
+class Bare(nn.Module):
+    """Products with bare parameters, of a module inside and of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.text_projection = Tower(), nn.Parameter(torch.randn(8, 16))
+        self.logit_scale, self.logit_bias = nn.Parameter(torch.ones([])), nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.visual(x) @ self.text_projection
+        return y * self.logit_scale.exp() + self.logit_bias
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_bare_parameters_are_linears_to_every_verb(init_weights: Any, tracer: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Bare().double()
+    graph = TRACERS[tracer](model, X)
+    adapted = mc.adapt(graph, fields(init_weights))
+    assert torch.equal(adapted(X), model(X))
+    expected, y = copy.deepcopy(model), fill_blocks(adapted, std=0.3)(X)
+    by_site = {
+        name.replace("#", "").removesuffix(".miss_block_default"): block for name, block in blocks_of(adapted).items()
+    }
+    assert sorted(by_site) == ["text_projection", "visual.fc", "visual.proj"]
+    with torch.no_grad():
+        expected.visual.fc.weight += reference_delta(init_weights, by_site["visual.fc"], model.visual.fc.weight)
+        for name in ("visual.proj", "text_projection"):
+            weight = expected.get_parameter(name)
+            weight += reference_delta(init_weights, by_site[name], weight.t()).t()
+    assert max_error(y, expected(X)) < 1e-12
+    with mc.disable_adapter(adapted):
+        assert torch.equal(adapted(X), model(X))
+    mc.save_adapter(adapted, tmp_path)
+    assert torch.equal(mc.load_adapter(graph, tmp_path)(X), y)
+    mc.merge(adapted, keep_adapters=True)
+    for kept in (adapted, copy.deepcopy(adapted)):
+        assert max_error(kept(X), expected(X)) < 1e-12
+        with mc.disable_adapter(kept):
+            assert torch.equal(kept(X), model(X))
+            assert max_error(copy.deepcopy(kept)(X), expected(X)) < 1e-12
+        mc.unmerge(kept)
+        assert torch.equal(kept(X), y)
+    turned = mc.merge(copy.deepcopy(adapted), keep_adapters=True).float()
+    assert mc.unmerge(turned).get_parameter("text_projection").dtype == torch.float32
+    for merged in (mc.merge(copy.deepcopy(adapted)), mc.merge(torch.export.export(adapted, (X,)))):
+        assert max_error(merged(X), expected(X)) < 1e-12
+        assert {name for name, _ in merged.named_parameters()} == {name for name, _ in model.named_parameters()}
+    with pytest.raises(
+        mc.UnsupportedModuleError, match=r"holds 'logit_bias' at the root of a graph.* leave it out of .*bias"
+    ):
+        mc.adapt(graph, fields(bias="all"))
+
+
+def test_the_biases_of_adapted_calls_are_trained_whatever_module_holds_them(tmp_path: Path) -> None:
+    model, graph = captured("encoder")
+    rules = fields(target_modules=["q", "linear1"], bias="MiSS_only")
+    adapted = shake(mc.adapt(graph, rules))
+    trained = {name for name, _ in mc.trainable_parameters(adapted) if "miss_copy" in name}
+    assert trained == {
+        f"layers.{layer}.{path}.miss_copy_default_{bias}"
+        for layer in range(2)
+        for path, bias in (("self_attn", "in_proj_bias"), ("linear1", "bias"))
+    }
+    batch = make_batch("encoder")
+    output = adapted(**batch)
+    without = copy.deepcopy(adapted)
+    with torch.no_grad():
+        for name in trained:
+            without.get_parameter(name).copy_(model.get_parameter(name.replace("miss_copy_default_", "")))
+    assert largest_difference(output, without(**batch)) > 1e-3
+    assert all(gradients(adapted, **batch)[name].abs().max() > 0 for name in trained)
+    mc.save_adapter(adapted, tmp_path)
+    assert largest_difference(mc.load_adapter(graph, tmp_path)(**batch), output) == 0
+    mc.merge(adapted)
+    assert largest_difference(adapted(**batch), output) < TOLERANCE
 
 
 class Mixing(nn.Module):

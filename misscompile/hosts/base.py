@@ -126,6 +126,10 @@ class Host(abc.ABC):
     def block_names(self) -> dict[str, str]:
         """Every name under which a file may hold a block of this model, with the name of the target that it is for."""
 
+    def biases(self, targets: Sequence[Target]) -> dict[nn.Module, set[str]]:
+        """The biases of these targets, by module and own name."""
+        return {target.owner: {name for name in target.owner._parameters if "bias" in name} for target in targets}
+
     def notes(self, targets: Sequence[Target]) -> list[str]:
         """What a user should know of an adapter on these targets, beside what was refused."""
         return []

@@ -23,7 +23,7 @@ from misscompile.hosts.handed_out import BASE_WEIGHT, copy_attribute, weight_att
 from misscompile.passes.find_sites import find_sites, linear_shape
 from misscompile.passes.runner import ADAPT, run_passes
 from misscompile.passes.trace import BASE_FORWARD, opaque_scope, trace_owner
-from misscompile.record.state import STATE, OwnerState, base_class_of, swap_kept
+from misscompile.record.state import STATE, OwnerState, base_class_of, convert_kept, swap_kept
 from misscompile.record.words import Block, Scope
 
 Copies = tuple[tuple[str, str], ...]
@@ -68,11 +68,7 @@ class AdaptedOwner(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for kept in getattr(self, STATE).kept.values():
-            if isinstance(kept.value, nn.Parameter):
-                kept.value.data = fn(kept.value.data)
-            elif kept.value is not None:
-                kept.value = fn(kept.value)
+        convert_kept(self, fn)
         return result
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -139,6 +135,8 @@ def refresh_owner(owner: nn.Module, name: str = "the module", base: Scope | None
     """Derive the class of an owner from its record again, after either changed; `base` is its scope where that is known."""
     state: OwnerState = vars(owner)[STATE]
     check_class(owner, name)
+    if isinstance(owner, fx.GraphModule):  # the root of a whole graph, of which a merge keeps values: no class is derived
+        return
     blocks = () if state.in_graph else state.effective_blocks()
     copies = state.effective_copies()
     scope = (base or owner_scope(owner)) if blocks else None

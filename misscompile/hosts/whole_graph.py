@@ -23,7 +23,7 @@ from misscompile.passes.follow_mode import frozen_mode
 from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import ADAPT, CAPTURE, run_passes
 from misscompile.passes.unshare_weights import call_name
-from misscompile.record.state import STATE
+from misscompile.record.state import STATE, convert_kept, swap_kept
 from misscompile.record.walk import owner_state, owner_states
 from misscompile.record.words import Scope
 
@@ -71,6 +71,12 @@ class WholeGraph(fx.GraphModule):
             module.training = bool(mode)
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if STATE in vars(self):
+            convert_kept(self, fn)
+        return result
+
     @property
     def name_or_path(self) -> str | None:
         """Where the captured model came from, for the config of an adapter."""
@@ -80,6 +86,12 @@ class WholeGraph(fx.GraphModule):
         copied = super().__deepcopy__(_copy_graphs_once(self, memo))
         assert isinstance(copied, WholeGraph)
         keep_persistence(copied, self)
+        if STATE in vars(self):  # a merge keeps parameters of the root itself; no attribute is copied by itself
+            state = vars(copied)[STATE] = copy.deepcopy(vars(self)[STATE], memo)
+            state.base_class = type(copied)  # every graph module has a class of its own
+            if state.disabled:
+                state.disabled = 0
+                swap_kept(copied)
         if any(state.disabled for state in owner_states(self).values()):  # the context will not come back for the copy
             swap_base(copied)
             derive_graph(copied)

@@ -7,6 +7,7 @@ model is an adapted model too.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,6 +104,16 @@ def is_current(kept: Kept, owner: nn.Module, name: str) -> bool:
         return True
     now = tensor_version(held)
     return kept.version[0] != now[0] or kept.version == now  # the tensor of a copied or loaded model has counts of its own
+
+
+def convert_kept(owner: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+    """Let what a merge kept of `owner` follow a change of dtype or device."""
+    state: OwnerState = vars(owner)[STATE]
+    for kept in state.kept.values():
+        if isinstance(kept.value, nn.Parameter):
+            kept.value.data = convert(kept.value.data)
+        elif kept.value is not None:
+            kept.value = convert(kept.value)
 
 
 @torch.no_grad()

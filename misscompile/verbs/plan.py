@@ -104,19 +104,19 @@ def _with_task_heads(config: MissConfig, names: Collection[str]) -> MissConfig:
 
 
 def _trained_in_full(
-    host: Host, config: MissConfig, saved: Iterable[nn.Module], targets: Iterable[Target]
+    host: Host, config: MissConfig, saved: Iterable[nn.Module], targets: Sequence[Target]
 ) -> dict[nn.Module, tuple[str, ...]]:
     """The tensors of each module that the adapter trains beside its blocks: all of `saved`, and biases."""
     whole = {inner for outer in saved for inner in outer.modules()}
-    owners = {target.owner for target in targets}
+    biases = host.biases(targets) if config.bias == "MiSS_only" else {}
     found: dict[nn.Module, tuple[str, ...]] = {}
     for module, module_name in host.canonical.items():
         names: list[str] = []
         if module in whole:
             names += module._parameters
             names += (name for name in module._buffers if name not in module._non_persistent_buffers_set)
-        elif config.bias == "all" or (config.bias == "MiSS_only" and module in owners):
-            names += (name for name in module._parameters if "bias" in name)
+        else:
+            names += (n for n in module._parameters if n in biases.get(module, ()) or (config.bias == "all" and "bias" in n))
         ours = vars(module)[STATE].all_registered() if STATE in vars(module) else ()
         names = [name for name in names if getattr(module, name) is not None and name not in ours]
         if names:
