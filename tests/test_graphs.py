@@ -228,10 +228,55 @@ def test_bare_parameters_are_linears_to_every_verb(init_weights: Any, tracer: st
     for merged in (mc.merge(copy.deepcopy(adapted)), mc.merge(torch.export.export(adapted, (X,)))):
         assert max_error(merged(X), expected(X)) < 1e-12
         assert {name for name, _ in merged.named_parameters()} == {name for name, _ in model.named_parameters()}
-    with pytest.raises(
-        mc.UnsupportedModuleError, match=r"holds 'logit_bias' at the root of a graph.* leave it out of .*bias"
-    ):
-        mc.adapt(graph, fields(bias="all"))
+
+
+class RootBias(nn.Module):
+    """A linear whose weight and bias are the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.bias = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.table, self.bias)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("bias", ["all", "MiSS_only"])
+def test_a_bias_of_the_model_itself_is_trained_by_every_verb(bias: str, tracer: str, tmp_path: Path) -> None:
+    model = RootBias().double()
+    graph = TRACERS[tracer](model, X)
+    adapted = mc.adapt(graph, fields(bias=bias))
+    assert {name for name, _ in mc.trainable_parameters(adapted)} == {"miss_copy_default_bias", "table#.miss_block_default"}
+    assert torch.equal(adapted(X), model(X))
+    shake(adapted)
+    delta = reference_delta(True, adapted.get_parameter("table#.miss_block_default"), model.table)
+    expected = nn.functional.linear(X, model.table + delta, adapted.miss_copy_default_bias)
+    y = adapted(X)
+    assert max_error(y, expected) < 1e-12
+    assert all(gradient.abs().max() > 0 for gradient in gradients(adapted, X).values())
+    with mc.disable_adapter(adapted):
+        assert torch.equal(adapted(X), model(X))
+    assert torch.equal(copy.deepcopy(adapted)(X), y)
+    mc.save_adapter(adapted, tmp_path)
+    assert torch.equal(mc.load_adapter(graph, tmp_path)(X), y)
+    assert adapted.load_state_dict(model.state_dict()).missing_keys == []
+    second = mc.adapt(adapted, fields(bias=bias), "second")
+    assert torch.equal(second(X), model(X))
+    mc.set_adapter(second, "default")
+    assert torch.equal(second(X), y)
+    mc.delete_adapter(second, "second")
+    assert torch.equal(second(X), y)
+    mc.merge(adapted, keep_adapters=True)
+    assert max_error(adapted(X), expected) < 1e-12
+    mc.unmerge(adapted)
+    assert torch.equal(adapted(X), y)
+    for merged in (mc.merge(copy.deepcopy(adapted)), mc.merge(torch.export.export(adapted, (X,)))):
+        assert max_error(merged(X), expected) < 1e-12
+        assert {name for name, _ in merged.named_parameters()} == {"table", "bias"}
+    mc.unload(adapted)
+    assert torch.equal(adapted(X), model(X))
+    assert graph_list(adapted) == graph_list(graph)
 
 
 def test_the_biases_of_adapted_calls_are_trained_whatever_module_holds_them(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from misscompile.hosts.handed_out import BASE_WEIGHT, copy_attribute, weight_att
 from misscompile.passes.find_sites import find_sites, linear_shape
 from misscompile.passes.runner import ADAPT, run_passes
 from misscompile.passes.trace import BASE_FORWARD, opaque_scope, trace_owner
-from misscompile.record.state import STATE, OwnerState, base_class_of, convert_kept, swap_kept
+from misscompile.record.state import STATE, OwnerState, base_class_of, convert_kept, forgive_base, swap_kept
 from misscompile.record.words import Block, Scope
 
 Copies = tuple[tuple[str, str], ...]
@@ -73,9 +73,7 @@ class AdaptedOwner(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        missing_keys: list[str] = args[2]
-        ours = {prefix + name for name in getattr(self, STATE).all_registered()}
-        missing_keys[:] = [key for key in missing_keys if key not in ours]  # a base checkpoint has no adapters
+        forgive_base(self, prefix, missing_keys=args[2])
 
     def extra_repr(self) -> str:
         state: OwnerState = getattr(self, STATE)
@@ -135,7 +133,7 @@ def refresh_owner(owner: nn.Module, name: str = "the module", base: Scope | None
     """Derive the class of an owner from its record again, after either changed; `base` is its scope where that is known."""
     state: OwnerState = vars(owner)[STATE]
     check_class(owner, name)
-    if isinstance(owner, fx.GraphModule):  # the root of a whole graph, of which a merge keeps values: no class is derived
+    if isinstance(owner, fx.GraphModule):  # the root of a whole graph reads its copies by name, in a class of its own
         return
     blocks = () if state.in_graph else state.effective_blocks()
     copies = state.effective_copies()

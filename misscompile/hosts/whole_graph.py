@@ -23,7 +23,7 @@ from misscompile.passes.follow_mode import frozen_mode
 from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import ADAPT, CAPTURE, run_passes
 from misscompile.passes.unshare_weights import call_name
-from misscompile.record.state import STATE, convert_kept, swap_kept
+from misscompile.record.state import STATE, OwnerState, convert_kept, forgive_base, swap_kept
 from misscompile.record.walk import owner_state, owner_states
 from misscompile.record.words import Scope
 
@@ -76,6 +76,11 @@ class WholeGraph(fx.GraphModule):
         if STATE in vars(self):
             convert_kept(self, fn)
         return result
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if STATE in vars(self):
+            forgive_base(self, prefix, missing_keys=args[2])
 
     @property
     def name_or_path(self) -> str | None:
@@ -196,6 +201,10 @@ def derive_graph(root: WholeGraph) -> None:
                 if state is not None and state.shape is not None and state.blocks:
                     site.blocks, site.owner = state.effective_blocks(), owner
     run_passes(ADAPT, scope)
+    own: OwnerState | None = vars(root).get(STATE)
+    copies = dict(own.effective_copies()) if own is not None else {}
+    for node in scope.graph.find_nodes(op="get_attr"):  # other modules hand out their copies by their class
+        node.target = copies.get(node.target, node.target)
     root.graph = scope.graph
     root.recompile()
     _drop_empty_containers(root)

@@ -116,6 +116,12 @@ def convert_kept(owner: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
             kept.value = convert(kept.value)
 
 
+def forgive_base(owner: nn.Module, prefix: str, missing_keys: list[str]) -> None:
+    """Take what adapters registered on `owner` out of the keys that a `state_dict` lacks: that of a base has none."""
+    ours = {prefix + name for name in vars(owner)[STATE].all_registered()}
+    missing_keys[:] = [key for key in missing_keys if key not in ours]
+
+
 @torch.no_grad()
 def swap_kept(owner: nn.Module) -> None:
     """Exchange what a merge wrote on `owner` with what it kept of the base, bit for bit.

@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from torch import fx, nn
+from torch import nn
 
 from misscompile.errors import ArgumentError, ConfigError, NoMatchError, StateError, UnsupportedModuleError
 from misscompile.hosts.base import Host
@@ -120,22 +120,17 @@ def _trained_in_full(
         ours = vars(module)[STATE].all_registered() if STATE in vars(module) else ()
         names = [name for name in names if getattr(module, name) is not None and name not in ours]
         if names:
-            _check_copies_act(module, module_name, names[0])
+            _check_copies_act(module, module_name)
             found[module] = tuple(names)
     return found
 
 
-def _check_copies_act(module: nn.Module, module_name: str, tensor: str) -> None:
+def _check_copies_act(module: nn.Module, module_name: str) -> None:
     if isinstance(module, nn.RNNBase):
-        found = "keeps its weights in a list of its own, so that a trained copy of them"
-    elif isinstance(module, fx.GraphModule):
-        found = f"holds {tensor!r} at the root of a graph, where a trained copy of it"
-    else:
-        return
-    raise UnsupportedModuleError(
-        f"{module_name or 'the model itself'} ({type(module).__name__}) {found} would have no effect: leave it out of "
-        "modules_to_save and bias."
-    )
+        raise UnsupportedModuleError(
+            f"{module_name or 'the model itself'} ({type(module).__name__}) keeps its weights in a list of its own, so that "
+            "a trained copy of them would have no effect: leave it out of modules_to_save and bias."
+        )
 
 
 def _check_refusals(refusals: Sequence[Refusal], targets: Sequence[Target], implicit: bool) -> None:
