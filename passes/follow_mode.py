@@ -121,8 +121,8 @@ def _operator(node: fx.Node) -> torch._ops.OpOverload | None:
         return node.target
     if inspect.isfunction(node.target):
         return None
-    packet = getattr(torch.ops.aten, target_name(node), None)
-    return getattr(packet, packet.overloads()[0]) if isinstance(packet, torch._ops.OpOverloadPacket) else None
+    packet: Any = getattr(torch.ops.aten, target_name(node), None)
+    return getattr(packet, next(iter(packet))) if isinstance(packet, torch._ops.OpOverloadPacket) else None
 
 
 def _named_arguments(node: fx.Node, operator: torch._ops.OpOverload | None) -> dict[str, Any]:

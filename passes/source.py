@@ -115,7 +115,8 @@ class _StraightLine:
         if isinstance(test, ast.Compare):
             return all(map(self._is_decided, (test.left, *test.comparators)))
         if isinstance(test, ast.Call):
-            return self._named(*(attribute_chain(test.func) or ("", ()))) is torch.jit.is_scripting
+            asked = self._named(*(attribute_chain(test.func) or ("", ())))
+            return asked is torch.jit.is_scripting  # type: ignore[attr-defined]
         root, chain = attribute_chain(test) or ("", ())
         is_own = (
             root == self.receiver and len(chain) == 1 and not isinstance(getattr(type(self.owner), chain[0], None), property)
