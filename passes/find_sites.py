@@ -98,11 +98,15 @@ def sites_by_name(scope: Scope) -> dict[str, list[Site]]:
 
 
 def other_readers(scope: Scope, parameters: set[str]) -> list[fx.Node]:
-    """The nodes that read one of these parameters and are no site: what a merge would change without an adapter there."""
-    calls = {site.node for site in scope.sites}
+    """The nodes that read one of these parameters and are no site: what a merge would change without an adapter there.
+
+    A site that takes its weight in another place too, as what it adds for example, is among them.
+    """
+    takes = {site.node: (site.weight, (site.x, site.added)) for site in scope.sites}
     sources = {f"parametrizations.{name}" for name in parameters} | parameters
     read = [node for node in scope.graph.nodes if node.op in ("get_attr", "call_module") and node.target in sources]
-    return [user for node in read for user in readers(node) if user not in calls]
+    reads = [pair for node in read for pair in readers(node)]
+    return [user for user, link in reads if user not in takes or takes[user][0] is not link or link in takes[user][1]]
 
 
 def _is_of_owner(scope: Scope, site: Site) -> bool:
@@ -139,7 +143,7 @@ def _find_call(scope: Scope, node: fx.Node, call: LinearCall, mutated: dict[str,
         site = _site(scope, node, call, WeightPath(path.parameter, view_of(_oriented(weight, call.layout))))
         site.owner, positions = name, weight.dim() - 2
         site.strides = call.strides if len(call.strides) == positions else call.strides * positions
-        scope.sites += _projections(site) or [site]
+        scope.sites += _projections(scope, site) or [site]
 
 
 def _oriented(weight: Tensor, layout: Layout) -> Tensor:
@@ -154,20 +158,27 @@ def _site(scope: Scope, node: fx.Node, call: LinearCall, path: WeightPath) -> Si
     return site
 
 
-def _projections(site: Site) -> list[Site]:
-    """The sites of q, k and v where a site is the fused projection of an attention, or the part of it that it takes."""
+def _projections(scope: Scope, site: Site) -> list[Site]:
+    """The sites of q, k and v where a site is the fused projection of an attention, or the part of it that it takes.
+
+    Only three square matrices on top of each other are one: how the rows of another weight are cut, nothing tells.
+    """
     module, _, name = site.owner.rpartition(".")
     fused, mark, number = name.partition("#")
-    if fused != "in_proj_weight" or site.layout != "out_in":
-        return []
     assert site.path is not None
+    stored = find_parameter(scope.root, site.path.parameter)
     width, (_, stride, offset) = site.in_features, site.path.view
+    row, rest = divmod(offset, width)
+    if fused != "in_proj_weight" or stored is None or stored.shape != (3 * width, width):
+        return []
+    if stride != (width, 1) or rest or row % width or site.out_features % width:
+        return []
     found = []
     for index, projection in enumerate(PROJECTIONS):
-        start = index * width - offset // width
+        start = index * width - row
         if 0 <= start < site.out_features:
             stop = start + width
-            path = WeightPath(site.path.parameter, View((width, width), stride, offset + start * stride[0]))
+            path = WeightPath(site.path.parameter, View((width, width), stride, offset + start * width))
             part = dataclasses.replace(site, owner=join(module, projection) + mark + number, out_features=width, path=path)
             if (start, stop) != (0, site.out_features):
                 part.columns, part.is_whole = (start, stop, site.out_features), False

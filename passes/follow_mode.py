@@ -11,13 +11,13 @@ A trace freezes the mode. Where two traces of one model differ in constants alon
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
-from misscompile.passes.linear_calls import operand
+from misscompile.passes.linear_calls import target_name
 from misscompile.record.words import Scope
 
 Constant = bool | int | float | None
@@ -76,26 +76,67 @@ def by_mode(training: bool, train_value: Constant, eval_value: Constant) -> Cons
     return train_value if training else eval_value
 
 
-_MODE_FLAGS: tuple[tuple[set[Any], int, str], ...] = (
-    ({torch.ops.aten.dropout.default}, 2, "train"),
-    ({F.dropout, F.alpha_dropout, F.feature_alpha_dropout}, 2, "training"),
-    ({torch.ops.aten.batch_norm.default, F.batch_norm}, 5, "training"),
-    ({torch.ops.aten.scaled_dot_product_attention.default, F.scaled_dot_product_attention}, 4, "dropout_p"),
-)
-"""Calls that compute something else in training: the place of the flag, or of a rate that is zero in evaluation."""
+_DRAWS = torch.Tag.nondeterministic_seeded
+_FLAGS = ("train", "training", "use_input_stats")
+_RATES = ("p", "dropout", "dropout_p")
+_STATISTICS = "running_mean"
+"""What operators and functions of torch call a mode, the rate of a dropout, and what a norm has counted."""
 
 
 def frozen_mode(graph: fx.Graph) -> bool | None:
-    """The mode that is written into the nodes of a graph, or None where nothing in it depends on one."""
-    for node in graph.nodes:
-        for targets, position, keyword in _MODE_FLAGS:
-            if node.target in targets:
-                flag = operand(node, position, keyword)
-                rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-                acts = rate != 0 if keyword != "dropout_p" else bool(flag)
-                if isinstance(flag, bool | float) and acts:
-                    return bool(flag)
-    return None
+    """The mode that is written into the nodes of a graph, or None where nothing in it depends on one.
+
+    A program that was exported in training and keeps some norms in evaluation counts as one of training.
+    """
+    modes = {_mode_of(node) for node in graph.nodes} - {None}
+    return True in modes if modes else None
+
+
+def _mode_of(node: fx.Node) -> bool | None:
+    """The mode in which a model makes such a call, or None where it makes the same one in both.
+
+    A norm takes the statistics of its batch in training, or wherever it has counted none. Random numbers are drawn in
+    training: of an operator without a flag, such as what a decomposition leaves of a dropout, nothing else tells.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return None
+    operator = _operator(node)
+    given, draws = _named_arguments(node, operator), operator is not None and _DRAWS in operator.tags
+    flag: Any = next((given[name] for name in _FLAGS if name in given), True if draws else None)
+    if _STATISTICS in given:
+        flag = "_no_" not in target_name(node) if flag is None else flag
+        acts = given[_STATISTICS] is not None
+    else:
+        rates = [given[name] for name in _RATES if name in given]
+        drops = (
+            draws or operator is None or operator.namespace != "aten"
+        )  # a function that is not torch's has its flag for a reason
+        acts = drops and all(isinstance(rate, int | float) and rate != 0 for rate in rates)
+    return flag if acts and isinstance(flag, bool) else None
+
+
+def _operator(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator that a node calls, be it by a builtin function of torch or a method; None for a Python function."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target
+    if inspect.isfunction(node.target):
+        return None
+    packet: Any = getattr(torch.ops.aten, target_name(node), None)
+    return getattr(packet, next(iter(packet))) if isinstance(packet, torch._ops.OpOverloadPacket) else None
+
+
+def _named_arguments(node: fx.Node, operator: torch._ops.OpOverload | None) -> dict[str, Any]:
+    """The arguments of a call by name, with the defaults; none where nothing tells their names."""
+    if operator is not None:
+        schema = operator._schema.arguments
+        given = {a.name: a.default_value for a in schema} | dict(zip([a.name for a in schema], node.args, strict=False))
+        return given | node.kwargs
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return {}
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _without_copies(graph: fx.Graph) -> list[fx.Node]:
@@ -118,8 +159,7 @@ def _arguments(node: fx.Node) -> Any:
     given: dict[Key, Any] = dict([*enumerate(node.args), *node.kwargs.items()])
     if not isinstance(node.target, torch._ops.OpOverload):
         return given
-    schema = node.target._schema.arguments
-    return {a.name: given.get(place, given.get(a.name, a.default_value)) for place, a in enumerate(schema)}
+    return dict(_named_arguments(node, node.target))
 
 
 def _set_argument(node: fx.Node, key: Key, value: fx.Node) -> None:

@@ -122,7 +122,7 @@ class _Rewrite:
             else:
                 self._add_summed(block)
         if site.layout == "conv":
-            self.y = self.call(self.after, kernels.features_first, self.y, positions)
+            self.y = self.call(self.after, kernels.features_first, self.y, site.node, positions)
         return self.y
 
     def call(self, anchor: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:

@@ -1,7 +1,8 @@
-"""Read the source of a forward: what a trace of it would freeze or lose. Nothing is run.
+"""Read the source of a forward: what a trace of it would freeze or lose. Only conditions are run.
 
 A trace runs a forward once and keeps what it saw. That is the whole forward only if it is straight-line: local assignments
-and a return, calls of torch functions on values that depend on the input, of the module's children, and of `super()`.
+and a return, calls of torch functions on values that depend on the input, of the module's children, and of `super()`. A
+condition that is the same at every call (is this a script, has it a bias) leaves it so.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 Chain = tuple[str, ...]
 
 _STRUCTURE = ("weight", "bias", "in_features", "out_features", "nx", "nf", "parametrizations", "forward")
 """What a forward may read of its module beside parameters and children: modules that share a graph have it in common."""
+
+_PLAIN = (bool, int, float, str, type(None), nn.Module)
+"""The kinds of attributes of which a condition can be decided without an input."""
 
 _STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr, ast.Pass)
 _BRANCHES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.NamedExpr, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -50,11 +55,12 @@ def attribute_chain(node: ast.AST) -> tuple[str, Chain] | None:
     return (node.id, tuple(reversed(chain))) if isinstance(node, ast.Name) else None
 
 
-def tracing_hazard(base_class: type[nn.Module], owner: nn.Module) -> str | None:
+def tracing_hazard(base_class: type[nn.Module], owner: nn.Module, present: bool = False) -> str | None:
     """What in the forward of `base_class` a trace of it would freeze or lose, as a clause; None where nothing is.
 
     The source may name the parameters and children of `owner`. The forwards of `nn.Linear` and of transformers' `Conv1D`
-    are known to be traceable.
+    are known to be traceable. With `present`, an `if` on plain attributes of `owner` is read as they are now: a trace
+    holds until one of them changes.
     """
     for kind in base_class.__mro__:
         forward = vars(kind).get("forward")
@@ -65,7 +71,7 @@ def tracing_hazard(base_class: type[nn.Module], owner: nn.Module) -> str | None:
         tree = parse_function(forward) if inspect.isfunction(forward) and not hasattr(forward, "__wrapped__") else None
         if tree is None or tree.decorator_list:
             return "its forward has no source that can be read"
-        check = _StraightLine(tree, forward, owner)
+        check = _StraightLine(tree, forward, owner, present)
         if check.hazard is not None:
             return f"its forward {check.hazard}, which a trace would freeze or lose"
         if not check.calls_super:
@@ -76,10 +82,10 @@ def tracing_hazard(base_class: type[nn.Module], owner: nn.Module) -> str | None:
 class _StraightLine:
     """Walks one forward; `hazard` says the first thing that keeps it from being straight-line."""
 
-    def __init__(self, tree: ast.FunctionDef, function: Any, owner: nn.Module) -> None:
+    def __init__(self, tree: ast.FunctionDef, function: Any, owner: nn.Module, present: bool) -> None:
         found = inspect.getclosurevars(function)
         self.globals = {**found.builtins, **found.globals, **found.nonlocals}
-        self.owner = owner
+        self.owner, self.present = owner, present
         self.calls_super = False
         arguments = [node.arg for node in ast.walk(tree.args) if isinstance(node, ast.arg)]
         self.locals = set(arguments)
@@ -87,9 +93,14 @@ class _StraightLine:
         self.hazard = next(self._hazards(tree.body), None)
 
     def _hazards(self, body: list[ast.stmt]) -> Iterator[str]:
-        for statement in body:
+        for index, statement in enumerate(body):
+            if isinstance(statement, ast.If) and self._is_decided(statement.test):
+                taken = statement.body if self._decide(statement.test) else statement.orelse
+                yield from self._hazards([*taken, *body[index + 1 :]])
+                return
             if isinstance(statement, ast.If) and self._asks_for_parameter(statement.test):
-                yield from self._hazards([*statement.body, *statement.orelse])
+                yield from self._hazards(statement.body)
+                yield from self._hazards(statement.orelse)
                 continue
             if not isinstance(statement, _STATEMENTS):
                 yield f"has the statement `{type(statement).__name__.lower()}`"
@@ -99,6 +110,30 @@ class _StraightLine:
             value = getattr(statement, "value", None)
             if value is not None:
                 yield from self._expression(value)
+            if isinstance(statement, ast.Return):
+                return
+
+    def _is_decided(self, test: ast.expr) -> bool:
+        """Whether a condition asks for a script, which a call never is, or only for plain attributes as they are now."""
+        if isinstance(test, ast.BoolOp):
+            return all(map(self._is_decided, test.values))
+        if isinstance(test, ast.UnaryOp):
+            return self._is_decided(test.operand)
+        if isinstance(test, ast.Compare):
+            return all(map(self._is_decided, (test.left, *test.comparators)))
+        if isinstance(test, ast.Call):
+            asked = self._named(*(attribute_chain(test.func) or ("", ())))
+            return asked is torch.jit.is_scripting  # type: ignore[attr-defined]
+        root, chain = attribute_chain(test) or ("", ())
+        is_own = (
+            root == self.receiver and len(chain) == 1 and not isinstance(getattr(type(self.owner), chain[0], None), property)
+        )
+        plain = self.present and is_own and isinstance(getattr(self.owner, chain[0], self), _PLAIN)
+        return plain or isinstance(test, ast.Constant)
+
+    def _decide(self, test: ast.expr) -> bool:
+        code = compile(ast.Expression(test), "<condition>", "eval")
+        return bool(eval(code, dict(self.globals), {self.receiver: self.owner}))  # noqa: S307 - a part of the forward
 
     def _asks_for_parameter(self, test: ast.expr) -> bool:
         """Whether a condition is `self.<parameter> is None`: modules that share a graph all have that parameter or none."""
@@ -153,12 +188,14 @@ class _StraightLine:
             yield f"calls {ast.unparse(function)}"
 
     def _is_torch_on_locals(self, node: ast.Call, root: str, chain: Chain) -> bool:
-        function = self.globals.get(root)
-        for name in chain:
-            function = getattr(function, name, None)
+        function = self._named(root, chain)
         arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
         given = {name.id for argument in arguments for name in ast.walk(argument) if isinstance(name, ast.Name)}
         return str(getattr(function, "__module__", "") or "").startswith("torch") and bool(given & self.locals)
+
+    def _named(self, root: str, chain: Chain) -> Any:
+        """What a chain on a global name stands for, or None."""
+        return functools.reduce(lambda found, name: getattr(found, name, None), chain, self.globals.get(root))
 
 
 def is_super(node: ast.AST) -> bool:

@@ -48,13 +48,18 @@ class _OwnerTracer(fx.Tracer):
 
 
 def trace_owner(
-    owner: nn.Module, base_class: type[nn.Module], shape: Shape, foreign: Callable[..., Any] | None = None
+    owner: nn.Module,
+    base_class: type[nn.Module],
+    shape: Shape,
+    foreign: Callable[..., Any] | None = None,
+    present: bool = False,
 ) -> Scope:
     """The scope of the forward that `base_class`, the owner's class without adapters, defines, or of one opaque call of it.
 
-    `foreign` is a forward that somebody else set on the owner's instance: it replaces the class's.
+    `foreign` is a forward that somebody else set on the owner's instance: it replaces the class's. With `present`, the
+    scope is that of what the forward computes while the plain attributes of `owner` are what they are.
     """
-    graph = _trace(owner, base_class, foreign)
+    graph = _trace(owner, base_class, foreign, present)
     if isinstance(graph, str):
         return opaque_scope(owner, base_class, shape, foreign, graph)
     return Scope(_without_values(owner, shape), graph, base_class.__name__, shape)
@@ -144,11 +149,16 @@ def _copied(base_class: type[nn.Module], owner: nn.Module) -> Iterator[nn.Module
         yield _shadow(base_class, copy.deepcopy(owner))
 
 
-def _trace(owner: nn.Module, base_class: type[nn.Module], foreign: Callable[..., Any] | None) -> fx.Graph | str:
+def _trace(
+    owner: nn.Module, base_class: type[nn.Module], foreign: Callable[..., Any] | None, present: bool
+) -> fx.Graph | str:
     """The graph of a forward, or why it cannot be traced."""
     if foreign is not None:
         return "its instance attribute `forward` was set by other code"
-    hazard = tracing_hazard(base_class, owner)
+    if owner._forward_pre_hooks and isinstance(vars(owner).get("weight"), torch.Tensor):
+        undo = "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+        return f"its weight is computed by a hook before each call ({undo} makes it a parameter again)"
+    hazard = tracing_hazard(base_class, owner, present)
     if hazard is not None:
         return hazard
     try:

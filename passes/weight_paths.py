@@ -114,15 +114,16 @@ def passes_weight(node: fx.Node) -> bool:
     return _source(node) is not None or node.target in _CUTS
 
 
-def readers(source: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that read the values of a parameter, through its views and casts."""
+def readers(source: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The nodes that read the values of a parameter, each with what it reads: the parameter, or a view or cast of it."""
     todo = [source]
     while todo:
-        for user in todo.pop().users:
+        link = todo.pop()
+        for user in link.users:
             if passes_weight(user):
                 todo.append(user)
             elif user.target is not aten._assert_tensor_metadata.default:
-                yield user
+                yield user, link
 
 
 def _source(node: fx.Node) -> fx.Node | None:

@@ -158,6 +158,17 @@ def test_the_adapters_of_an_exported_program_are_read_back(base: Any) -> None:
         mc.adapt(program, {"r": 2, "target_modules": ["key"]}, "more")
 
 
+@pytest.mark.parametrize("init_weights", [True, "mini"])
+def test_a_program_that_lost_the_tags_of_an_update_is_refused_with_what_to_do(init_weights: Any) -> None:
+    x = normal(3, 12, dtype=torch.float64)
+    graph = fill_blocks(mc.adapt(mc.capture(two_linears().double(), (x,)), fields(init_weights)))
+    program = torch.export.export(graph, (x,), strict=True)
+    text = r"up\.miss_block_default: not every operation .* export the adapted graph with strict=False"
+    for verb in (mc.merge, lambda given: mc.adapt(given, fields(), "more")):
+        with pytest.raises(mc.StateError, match=text):
+            verb(program)
+
+
 def test_only_the_dropout_of_the_base_freezes_the_mode_of_an_exported_program() -> None:
     x = normal(3, 12, dtype=torch.float64)
     graph = mc.adapt(mc.capture(two_linears().double(), (x,)), fields(miss_dropout=0.5))

@@ -72,6 +72,10 @@ def tied() -> fx.GraphModule:
 
 
 UNMERGED: dict[str, tuple[Callable[[], fx.GraphModule], str]] = {
+    "added to its own product": (
+        lambda: TRACERS["export"](holder(lambda w, b, x: torch.addmm(w, x[0, :3, :3], w[:, :3].t()), (3, 3)), X),
+        r"proj: its weight is also read by 'addmm' \(aten\.addmm\.default\)",
+    ),
     "tied in two forms": (tied, r"decode and encode read one weight in two forms|encode and decode read"),
     "read elsewhere": (
         lambda: TRACERS["export"](holder(lambda w, b, x: F.linear(x, w, b) * w.sum()), X),
@@ -88,6 +92,47 @@ def test_merge_refuses_a_weight_with_other_uses(case: str) -> None:
     with pytest.raises(mc.MergeError, match=text):
         mc.merge(adapted)
     assert snapshot(adapted, X) == before
+
+
+def set_forward(module: nn.Linear) -> None:
+    module.forward = lambda x: 2 * nn.Linear.forward(module, x)  # type: ignore[method-assign]
+
+
+OTHER_CODE: dict[str, Callable[[Any], object]] = {
+    "a hook in front": lambda module: module.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
+    "a hook behind": lambda module: module.register_forward_hook(lambda _, args, output: torch.tanh(output)),
+    "a hook on gradients": lambda module: module.register_full_backward_hook(lambda _, inner, outer: (2 * inner[0],)),
+    "a forward of its own": set_forward,
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CODE)
+def test_refuses_a_module_in_one_node_that_runs_more_than_its_class_tells(case: str) -> None:
+    model, x = TwoLinears().double(), torch.randn(3, 12, dtype=torch.float64)
+    OTHER_CODE[case](model.up)
+    graph, reason = fx.symbolic_trace(model), "it is one node with hooks or a forward set on it.*use misscompile.capture"
+    before = snapshot(graph, x)
+    with pytest.raises(mc.UnsupportedModuleError, match=rf"\n  up \(Linear\): {reason}"):
+        mc.adapt(graph, {"r": 2, "target_modules": ["up"]})
+    with pytest.warns(mc.MissWarning, match=rf"up \(Linear\) is not adapted: {reason}"):
+        assert list(blocks_of(mc.adapt(graph, EVERY))) == ["down.miss_block_default"]
+    assert snapshot(graph, x) == before
+    if case != "a forward of its own":  # in the graph of a capture, hooks are nodes of their own
+        captured = fill_blocks(mc.adapt(mc.capture(model, (x,)), EVERY))
+        y = captured(x)
+        assert max_error(mc.merge(captured)(x), y) < 1e-12
+
+
+def test_refuses_a_weight_that_a_hook_makes() -> None:
+    model, x = nn.Sequential(nn.utils.weight_norm(nn.Linear(12, 8))).double(), torch.randn(3, 12, dtype=torch.float64)
+    model(x)  # its weight is no leaf now
+    for graph in (fx.symbolic_trace(model), mc.capture(model, (x,))):
+        y = graph(x)
+        with pytest.raises(
+            mc.UnsupportedModuleError, match=r"a weight that is no plain parameter|computed by '_weight_norm'"
+        ):
+            mc.adapt(graph, {"r": 2, "target_modules": ["0"]})
+        assert torch.equal(graph(x), y)
 
 
 def test_only_graph_modules_and_programs_are_graphs() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import (
+    TRACERS,
     VARIANTS,
     blocks_of,
     fields,
@@ -20,10 +21,11 @@ from support import (
     largest_difference,
     max_error,
     reference_delta,
+    shake,
     snapshot,
     train_step,
 )
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from zoo import ConvolutionNet, captured, make_batch, make_model, normal, tokens
 
@@ -166,6 +168,166 @@ def test_training_lowers_the_loss_as_the_module_route_does(init_weights: Any) ->
     losses = [[train_step(model, **batch) for _ in range(4)] for model in models]
     assert losses[1][-1] < losses[1][0] - 1e-3
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-9
+
+
+class Tower(nn.Module):
+    """As open_clip's: `proj` is a parameter, and no module has its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc, self.proj = nn.LayerNorm(12), nn.Linear(12, 12), nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(self.norm(x))) @ self.proj
+
+
+class Bare(nn.Module):
+    """Products with bare parameters, of a module inside and of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.text_projection = Tower(), nn.Parameter(torch.randn(8, 16))
+        self.logit_scale, self.logit_bias = nn.Parameter(torch.ones([])), nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.visual(x) @ self.text_projection
+        return y * self.logit_scale.exp() + self.logit_bias
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("init_weights", VARIANTS)
+def test_bare_parameters_are_linears_to_every_verb(init_weights: Any, tracer: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Bare().double()
+    graph = TRACERS[tracer](model, X)
+    adapted = mc.adapt(graph, fields(init_weights))
+    assert torch.equal(adapted(X), model(X))
+    expected, y = copy.deepcopy(model), fill_blocks(adapted, std=0.3)(X)
+    by_site = {
+        name.replace("#", "").removesuffix(".miss_block_default"): block for name, block in blocks_of(adapted).items()
+    }
+    assert sorted(by_site) == ["text_projection", "visual.fc", "visual.proj"]
+    with torch.no_grad():
+        expected.visual.fc.weight += reference_delta(init_weights, by_site["visual.fc"], model.visual.fc.weight)
+        for name in ("visual.proj", "text_projection"):
+            weight = expected.get_parameter(name)
+            weight += reference_delta(init_weights, by_site[name], weight.t()).t()
+    assert max_error(y, expected(X)) < 1e-12
+    with mc.disable_adapter(adapted):
+        assert torch.equal(adapted(X), model(X))
+    mc.save_adapter(adapted, tmp_path)
+    assert torch.equal(mc.load_adapter(graph, tmp_path)(X), y)
+    mc.merge(adapted, keep_adapters=True)
+    for kept in (adapted, copy.deepcopy(adapted)):
+        assert max_error(kept(X), expected(X)) < 1e-12
+        with mc.disable_adapter(kept):
+            assert torch.equal(kept(X), model(X))
+            assert max_error(copy.deepcopy(kept)(X), expected(X)) < 1e-12
+        mc.unmerge(kept)
+        assert torch.equal(kept(X), y)
+    turned = mc.merge(copy.deepcopy(adapted), keep_adapters=True).float()
+    assert mc.unmerge(turned).get_parameter("text_projection").dtype == torch.float32
+    for merged in (mc.merge(copy.deepcopy(adapted)), mc.merge(torch.export.export(adapted, (X,)))):
+        assert max_error(merged(X), expected(X)) < 1e-12
+        assert {name for name, _ in merged.named_parameters()} == {name for name, _ in model.named_parameters()}
+
+
+class RootBias(nn.Module):
+    """A linear whose weight and bias are the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.bias = nn.Parameter(torch.randn(8, 12)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.table, self.bias)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("bias", ["all", "MiSS_only"])
+def test_a_bias_of_the_model_itself_is_trained_by_every_verb(bias: str, tracer: str, tmp_path: Path) -> None:
+    model = RootBias().double()
+    graph = TRACERS[tracer](model, X)
+    adapted = mc.adapt(graph, fields(bias=bias))
+    assert {name for name, _ in mc.trainable_parameters(adapted)} == {"miss_copy_default_bias", "table#.miss_block_default"}
+    assert torch.equal(adapted(X), model(X))
+    shake(adapted)
+    delta = reference_delta(True, adapted.get_parameter("table#.miss_block_default"), model.table)
+    expected = nn.functional.linear(X, model.table + delta, adapted.miss_copy_default_bias)
+    y = adapted(X)
+    assert max_error(y, expected) < 1e-12
+    assert all(gradient.abs().max() > 0 for gradient in gradients(adapted, X).values())
+    with mc.disable_adapter(adapted):
+        assert torch.equal(adapted(X), model(X))
+    assert torch.equal(copy.deepcopy(adapted)(X), y)
+    mc.save_adapter(adapted, tmp_path)
+    assert torch.equal(mc.load_adapter(graph, tmp_path)(X), y)
+    assert adapted.load_state_dict(model.state_dict()).missing_keys == []
+    second = mc.adapt(adapted, fields(bias=bias), "second")
+    assert torch.equal(second(X), model(X))
+    mc.set_adapter(second, "default")
+    assert torch.equal(second(X), y)
+    mc.delete_adapter(second, "second")
+    assert torch.equal(second(X), y)
+    mc.merge(adapted, keep_adapters=True)
+    assert max_error(adapted(X), expected) < 1e-12
+    mc.unmerge(adapted)
+    assert torch.equal(adapted(X), y)
+    for merged in (mc.merge(copy.deepcopy(adapted)), mc.merge(torch.export.export(adapted, (X,)))):
+        assert max_error(merged(X), expected) < 1e-12
+        assert {name for name, _ in merged.named_parameters()} == {"table", "bias"}
+    mc.unload(adapted)
+    assert torch.equal(adapted(X), model(X))
+    assert graph_list(adapted) == graph_list(graph)
+
+
+def test_the_biases_of_adapted_calls_are_trained_whatever_module_holds_them(tmp_path: Path) -> None:
+    model, graph = captured("encoder")
+    rules = fields(target_modules=["q", "linear1"], bias="MiSS_only")
+    adapted = shake(mc.adapt(graph, rules))
+    trained = {name for name, _ in mc.trainable_parameters(adapted) if "miss_copy" in name}
+    assert trained == {
+        f"layers.{layer}.{path}.miss_copy_default_{bias}"
+        for layer in range(2)
+        for path, bias in (("self_attn", "in_proj_bias"), ("linear1", "bias"))
+    }
+    batch = make_batch("encoder")
+    output = adapted(**batch)
+    without = copy.deepcopy(adapted)
+    with torch.no_grad():
+        for name in trained:
+            without.get_parameter(name).copy_(model.get_parameter(name.replace("miss_copy_default_", "")))
+    assert largest_difference(output, without(**batch)) > 1e-3
+    assert all(gradients(adapted, **batch)[name].abs().max() > 0 for name in trained)
+    mc.save_adapter(adapted, tmp_path)
+    assert largest_difference(mc.load_adapter(graph, tmp_path)(**batch), output) == 0
+    mc.merge(adapted)
+    assert largest_difference(adapted(**batch), output) < TOLERANCE
+
+
+class Mixing(nn.Module):
+    """1×1 convolutions whose output is not laid out as it is indexed, in front of what sums in the order of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.widen, self.narrow = nn.LayerNorm(24), nn.Conv2d(24, 96, 1), nn.Conv2d(96, 24, 1)
+        self.depthwise, self.groups = nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.GroupNorm(4, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        y: Tensor = self.groups(self.depthwise(self.narrow(torch.tanh(self.widen(x)))))
+        return y.mean((2, 3))
+
+
+@torch.no_grad()
+def test_zero_blocks_on_convolutions_change_no_bit_in_whatever_layout() -> None:
+    torch.manual_seed(0)
+    model, x = Mixing().eval(), normal(2, 24, 16, 16)
+    for graph in (mc.capture(model, (x,)), fx.symbolic_trace(model)):
+        for variant in VARIANTS:
+            adapted = mc.adapt(graph, fields(variant, target_modules=["widen", "narrow"]))
+            assert len(blocks_of(adapted)) == 2
+            assert torch.equal(adapted(x), graph(x))
 
 
 def test_dropout_drops_the_input_of_the_update_alone() -> None:

@@ -196,6 +196,39 @@ def test_peft_computes_with_the_factors_of_bat(tmp_path: Path, cut: dict[str, An
         torch.testing.assert_close(run(reference, X), run(model, X), rtol=1e-4, atol=1e-5)
 
 
+def test_bat_of_a_whole_graph_is_that_of_the_view_of_its_weight(tmp_path: Path) -> None:
+    """A square product from the right, one that is not square, a convolution, and a part of a fused projection."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.convolution = nn.MultiheadAttention(8, 2, batch_first=True), nn.Conv1d(8, 12, 1)
+            self.square, self.down = nn.Parameter(torch.randn(12, 12)), nn.Parameter(torch.randn(12, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.attn(x, x, x, need_weights=False)[0]
+            return torch.tanh(self.convolution(x.transpose(1, 2)).transpose(1, 2)) @ self.square @ self.down
+
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), normal(2, 5, 8)
+    rules = {"r": 4, "init_weights": "bat", "target_modules": ["k", "convolution", "square", "down"]}
+    graph = fill_blocks(mc.adapt(mc.capture(model, (x,)), rules), std=0.3)
+    weights = {
+        "attn.k": model.attn.in_proj_weight[8:16],
+        "convolution": model.convolution.weight.flatten(1),
+        "square": model.square.t(),
+        "down": model.down.t(),
+    }
+    errors = mc.save_as_lora(graph, tmp_path, rank=3)
+    assert sorted(error.module.rstrip("#") for error in errors) == sorted(weights)
+    for error in errors:
+        weight = weights[error.module.rstrip("#")].double()
+        delta = reference_delta("bat", graph.get_submodule(error.module).miss_block_default, weight)
+        lost = float((delta - product(read(tmp_path)[1], error.module)).norm() / delta.norm())
+        assert lost == pytest.approx(error.relative_error, rel=1e-4)
+        assert 0 < lost < 1
+
+
 def test_bat_that_is_still_zero_loses_nothing(tmp_path: Path) -> None:
     model = mc.adapt(two_linears(), {"r": 4, "init_weights": "bat", "target_modules": ["up"]})
     assert mc.save_as_lora(model, tmp_path / "rank", rank=2) == [Fidelity("up", 2, 0.0)]

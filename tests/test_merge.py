@@ -57,6 +57,65 @@ class _Given(nn.Linear):
         return F.linear(x, self.weight if weight is None else weight)
 
 
+class _Layered(nn.Linear):
+    """As diffusers' linears are: another layer may be hung beside the product."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.layer: nn.Module | None = None
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        if self.layer is None:
+            out = super().forward(x)
+            return out
+        else:
+            out = super().forward(x) + (scale * self.layer(x))
+            return out
+
+
+class _Flagged(nn.Linear):
+    """What it computes depends on plain attributes."""
+
+    flips, factor, kind = False, 1, "plain"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.flips and self.training:
+            x = x.flip(-1)
+        if self.factor > 1:
+            return super().forward(x) * self.factor
+        if self.kind == "measured" or not x.shape:
+            return super().forward(x.abs())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("keep_adapters", [False, True])
+@pytest.mark.parametrize("init_weights", [True, "mini"])
+def test_a_forward_that_branches_on_plain_attributes_is_merged_where_it_is_the_linear_now(
+    init_weights: Any, keep_adapters: bool
+) -> None:
+    model, x = adapted(nn.Sequential(_Layered(IN, OUT)).double(), init_weights), torch.randn(3, IN, dtype=torch.float64)
+    y, before = model(x), model[0].weight.detach().clone()
+    delta = reference_delta(init_weights, model[0].miss_block_default, before)
+    mc.merge(model, keep_adapters=keep_adapters)
+    assert max_error(model[0].weight, before + delta) < 1e-14
+    assert max_error(model(x), y) < 1e-12
+    model[0].layer = nn.Linear(IN, OUT, dtype=torch.float64)
+    assert max_error(model[0](x, 2.0), y + 2 * model[0].layer(x)) < 1e-12
+    if keep_adapters:
+        mc.unmerge(model)
+        assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("flags", [{}, {"factor": 2}, {"flips": True, "factor": 1.0}])
+def test_a_forward_that_is_not_the_linear_now_is_refused(flags: dict[str, Any]) -> None:
+    model = adapted(nn.Sequential(_Flagged(IN, OUT).double()))
+    vars(model[0]).update(flags)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(MergeError, match=r"0: its forward has the statement `if`.*cannot be shown to be one of its weight"):
+        mc.merge(model)
+    assert torch.equal(model[0].weight, before)
+
+
 @pytest.mark.parametrize("init_weights", VARIANTS)
 @pytest.mark.parametrize(
     ("kind", "refused"), [(_Twice, None), (_Normalised, "0: its forward uses its weight beside the linear call")]

@@ -141,6 +141,10 @@ class Host(abc.ABC):
         """Whether blocks of these targets act on one call of a weight each."""
         return False
 
+    def biases(self, targets: Sequence[Target]) -> dict[nn.Module, set[str]]:
+        """The biases of these targets, by module and own name."""
+        return {target.owner: {name for name in target.owner._parameters if "bias" in name} for target in targets}
+
     def notes(self, targets: Sequence[Target]) -> list[str]:
         """What a user should know of an adapter on these targets, beside what was refused."""
         return []

@@ -17,9 +17,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from misscompile.errors import ArgumentError, CaptureError, MissWarning, StateError
+from misscompile.hosts.copy_graph import copy_graph, inline_graph
 from misscompile.hosts.graph_parts import keep_structure
 from misscompile.hosts.modules import output_embedding_names
-from misscompile.hosts.whole_graph import RECORD, GraphRecord, WholeGraph, copy_graph, copy_nodes, inline_graph
+from misscompile.hosts.whole_graph import RECORD, GraphRecord, WholeGraph, copy_nodes
 from misscompile.passes.runner import BOTH_MODES, run_passes
 from misscompile.record.walk import owners, unwrap_model
 from misscompile.record.words import Scope

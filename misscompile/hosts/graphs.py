@@ -8,6 +8,7 @@ unshared: every call reads a parameter of its own, `<parameter>#0`, `<parameter>
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ from misscompile.passes.linear_calls import target_name
 from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import UNSHARE, run_passes
 from misscompile.passes.unshare_weights import call_name
-from misscompile.passes.weight_paths import find_parameter, overlap
+from misscompile.passes.weight_paths import WeightError, find_parameter, overlap, trace_weight
 from misscompile.record.state import STATE, Kept, OwnerState, fingerprint
 from misscompile.record.transaction import Undo
 from misscompile.record.walk import owner_state, owners
@@ -115,6 +116,12 @@ class GraphHost(Host):
             other = Refusal(name, "module", f"the graph has no linear call of its own weight{hint}")
             return [next((refusal for refusal in self.scope.refusals if refusal.name == name), other)]
         calls = self.calls[name]
+        kept = [self.root.get_submodule(str(site.node.target)) for site in calls if site.node.op == "call_module"]
+        if any(_runs_other_code(module) for module in kept):
+            reason = (
+                "it is one node with hooks or a forward set on it, which an update would go round: use misscompile.capture"
+            )
+            return [Refusal(name, type(kept[0]).__name__, reason)]
         own = self.per_call_site and len(calls) > 1
         self._check_sharing(name, calls, own)
         targets: list[Target | Refusal] = []
@@ -153,6 +160,17 @@ class GraphHost(Host):
                     f"{name}: the adapter {next(iter(state.blocks))!r} has {had}; adapt with per_call_site={not own} as "
                     "well, or on a graph without that adapter."
                 )
+
+    def biases(self, targets: Sequence[Target]) -> dict[nn.Module, set[str]]:
+        """Beside those on the modules of the targets, the vectors that their calls add, whatever module holds them."""
+        found = super().biases(targets)
+        added = [site.added for target in targets for site in self.sites_of(target.name) if site.added is not None]
+        for node in added:
+            with contextlib.suppress(WeightError):  # a residual, which is computed
+                module, name = self._holder(trace_weight(node, self.root).parameter)
+                if module.get_parameter(name).dim() == 1:
+                    found.setdefault(module, set()).add(name)
+        return found
 
     def block_names(self) -> dict[str, str]:
         own = [call_name(name, index) for name, calls in self.calls.items() for index in range(len(calls))]
@@ -295,6 +313,12 @@ class GraphHost(Host):
                 "merging would change both. Give one of them a parameter of its own before the model is captured, or adapt "
                 "both."
             )
+
+
+def _runs_other_code(module: nn.Module) -> bool:
+    """Whether a call of a module runs more than the forward of its class."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return "forward" in vars(module) or any(hooks)
 
 
 def _exchange(module: nn.Module, name: str, new: nn.Parameter | None, keep: bool) -> None:

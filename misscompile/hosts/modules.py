@@ -18,6 +18,7 @@ from misscompile.hosts.owner_class import (
     find_foreign_forward,
     finish_owner,
     owner_scope,
+    present_scope,
 )
 from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import linear_shape, other_readers
@@ -200,7 +201,7 @@ class ModuleHost(Host):
 
     def _plan_fold(self, group: dict[str, nn.Module], names: Sequence[str], keep: bool) -> Fold:
         name, owner = next(iter(group.items()))
-        state, scope = vars(owner)[STATE], owner_scope(owner)
+        state, scope = vars(owner)[STATE], present_scope(owner)
         path = scope.sites[0].path
         if path is None:
             raise MergeError(f"{name}: {scope.opaque}, so that its update cannot be shown to be one of its weight.")

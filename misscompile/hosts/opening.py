@@ -9,11 +9,12 @@ from torch import fx, nn
 
 from misscompile.errors import ArgumentError, StateError
 from misscompile.hosts.base import Host
+from misscompile.hosts.copy_graph import copy_graph
 from misscompile.hosts.graphs import GraphHost
 from misscompile.hosts.modules import ModuleHost
 from misscompile.hosts.owner_class import refresh_owner
 from misscompile.hosts.recover import holds_exported_adapters, recover_adapters
-from misscompile.hosts.whole_graph import WholeGraph, change_record, copy_graph, derive_graph, swap_base, whole_graphs
+from misscompile.hosts.whole_graph import WholeGraph, change_record, derive_graph, swap_base, whole_graphs
 from misscompile.record.state import STATE, OwnerState
 from misscompile.record.transaction import Undo, swap_kept
 from misscompile.record.walk import check_enabled, join, named_modules, owner_states, owners, unwrap_model

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import itertools
 import linecache
 import types
@@ -26,16 +27,7 @@ from misscompile.hosts.handed_out import BASE_WEIGHT, assign_to_copies, copy_att
 from misscompile.passes.find_sites import find_sites, linear_shape
 from misscompile.passes.runner import ADAPT, run_passes
 from misscompile.passes.trace import BASE_FORWARD, opaque_scope, trace_owner
-from misscompile.record.state import (
-    STATE,
-    OwnerState,
-    base_class_of,
-    describe,
-    fingerprint,
-    forgive_base,
-    is_current,
-    merged_tensor,
-)
+from misscompile.record.state import STATE, OwnerState, apply_with_kept, base_class_of, describe, forgive_base
 from misscompile.record.transaction import Undo, swap_kept
 from misscompile.record.words import Block, Scope
 
@@ -89,18 +81,7 @@ def _subclass(base: type[nn.Module], members: Mapping[str, Any]) -> type[nn.Modu
             refresh_owner(self)
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
-            record: OwnerState = getattr(self, STATE)
-            current = {name: is_current(kept, self, name) for name, kept in record.kept.items()}
-            result = super()._apply(fn, recurse)
-            for name, kept in record.kept.items():
-                if isinstance(kept.value, nn.Parameter):
-                    kept.value.data = fn(kept.value.data)
-                elif kept.value is not None:
-                    kept.value = fn(kept.value)
-                merged = merged_tensor(kept, self, name)
-                if current[name] and merged is not None and not merged.is_meta:
-                    kept.merged = fingerprint(merged)
-            return result
+            return apply_with_kept(self, fn, functools.partial(super()._apply, fn, recurse))
 
         def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
             acting = type(self)
@@ -109,8 +90,7 @@ def _subclass(base: type[nn.Module], members: Mapping[str, Any]) -> type[nn.Modu
                 self._load_from_state_dict(state_dict, prefix, *args)
             finally:
                 self.__class__ = acting
-            ours = {prefix + name for name in getattr(self, STATE).all_registered()}
-            forgive_base(ours, state_dict, missing_keys=args[2])
+            forgive_base(self, prefix, state_dict, missing_keys=args[2])
 
         def extra_repr(self) -> str:
             return ", ".join(part for part in (super().extra_repr(), describe(getattr(self, STATE))) if part)
@@ -150,10 +130,27 @@ def owner_scope(owner: nn.Module) -> Scope:
     return scope
 
 
+def present_scope(owner: nn.Module) -> Scope:
+    """`owner_scope`, or where that is opaque the forward as the owner's plain attributes let it be now, if it is the linear.
+
+    An update of the output of that forward is then one of the weight.
+    """
+    scope = owner_scope(owner)
+    if scope.opaque is None or scope.shape is None:
+        return scope
+    now = trace_owner(owner, base_class_of(owner), scope.shape, vars(owner)[STATE].foreign_forward, present=True)
+    find_sites(now)
+    (output,), inputs = now.graph.find_nodes(op="output"), now.graph.find_nodes(op="placeholder")
+    plain = now.opaque is None and [(site.node, site.x) for site in now.sites] == [(output.args[0], inputs[0])]
+    return now if plain else scope
+
+
 def refresh_owner(owner: nn.Module, name: str = "the module", base: Scope | None = None) -> None:
     """Derive the class of an owner from its record again, after either changed; `base` is its scope where that is known."""
     state: OwnerState = vars(owner)[STATE]
     check_class(owner, name)
+    if isinstance(owner, fx.GraphModule):  # the root of a whole graph reads its copies by name, in a class of its own
+        return
     blocks = () if state.in_graph else state.effective_blocks()
     copies = state.effective_copies()
     scope = (base or owner_scope(owner)) if blocks else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from misscompile.errors import StateError
 from misscompile.hosts.graph_parts import home_of, other_name
 from misscompile.hosts.owner_class import refresh_owner
 from misscompile.hosts.whole_graph import WholeGraph, derive_graph, record_of
@@ -17,7 +19,7 @@ from misscompile.passes.runner import RECOVER, run_passes
 from misscompile.passes.strip_updates import tagged_blocks, tagged_copies
 from misscompile.passes.unshare_weights import call_name
 from misscompile.record.state import STATE, OwnerState
-from misscompile.record.walk import owners
+from misscompile.record.walk import join, owners
 from misscompile.record.words import Adapter, Block, Scope
 from misscompile.rules.config import MissConfig
 
@@ -36,6 +38,9 @@ def recover_adapters(root: WholeGraph) -> None:
 
     What an adapter trained in full has taken the place of the base's tensor, which an export leaves out: it is part of
     the base from now on.
+
+    Raises:
+        StateError: tags of an update are lost.
     """
     graph = record_of(root).base
     blocks = tagged_blocks(graph)
@@ -45,6 +50,7 @@ def recover_adapters(root: WholeGraph) -> None:
     _adopt_copies(root, graph)
     scope = Scope(root, graph, "whole graph")
     run_passes(RECOVER, scope)
+    _check_stripped(graph, {join(owner, block.parameter) for (owner, _), block in blocks.items()})
     record_of(root).mode = frozen_mode(graph)  # a dropout of the adapter follows the mode again
     calls = sites_by_name(scope)
     sites = {call_name(name, i): call for name, found in calls.items() for i, call in enumerate(found)}
@@ -67,6 +73,20 @@ def recover_adapters(root: WholeGraph) -> None:
     for name, owner in owners(root).items():
         refresh_owner(owner, name)
     derive_graph(root)
+
+
+def _check_stripped(graph: fx.Graph, blocks: Collection[str]) -> None:
+    """Refuse a graph of which an update is left: it lost the tags of some nodes.
+
+    Raises:
+        StateError: naming a block that is still read.
+    """
+    read = next((str(node.target) for node in graph.nodes if node.op == "get_attr" and node.target in blocks), None)
+    if read is not None:
+        raise StateError(
+            f"{read}: not every operation of its update is told apart from those of the base, since the export lost the "
+            "tags of some. torch.export.export(..., strict=True) does so: export the adapted graph with strict=False."
+        )
 
 
 def _read_config(blocks: dict[str, Block]) -> MissConfig:

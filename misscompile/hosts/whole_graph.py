@@ -10,34 +10,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import linecache
-import unicodedata
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.fx import graph_module
 from torch.fx.graph import PythonCode
 
-from misscompile.errors import ArgumentError, CaptureError, StateError
+from misscompile.errors import StateError
 from misscompile.hosts.graph_parts import call_owner, home_of, keep_structure
 from misscompile.hosts.graph_pickle import is_guards, read_graph, read_guards, write_graph, write_guards
 from misscompile.passes.find_sites import find_sites, sites_by_name
-from misscompile.passes.follow_mode import frozen_mode
-from misscompile.passes.owner_names import module_stack
-from misscompile.passes.runner import ADAPT, CAPTURE, run_passes
-from misscompile.record.state import STATE
+from misscompile.passes.runner import ADAPT, run_passes
+from misscompile.record.state import STATE, OwnerState, apply_with_kept, forgive_base
+from misscompile.record.transaction import Undo, swap_kept
 from misscompile.record.walk import join, owner_states
 from misscompile.record.words import Block, Scope
 
 RECORD = "misscompile"
 """Key in `GraphModule.meta` of the `GraphRecord`."""
-
-_OUTPUT_EMBEDDINGS = ("lm_head", "embed_out", "proj_out", "output_projection")
-
 
 Acting = tuple[fx.Graph, tuple[tuple[str, tuple[Block, ...]], ...], tuple[tuple[str, str], ...]]
 """A base graph, the blocks that act on it by owner, and the tensors of it that are trained in full, each with its copy."""
@@ -81,8 +76,8 @@ class WholeGraph(fx.GraphModule):
             had, wanted = ("training", "evaluation") if frozen else ("evaluation", "training")
             raise StateError(
                 f"this graph was captured in {had} mode, and its nodes compute something else than the model in {wanted} "
-                f"mode (dropout, batch norm). Capture the model again in {wanted} mode, or, where only dropout differs, "
-                "with misscompile.capture, which lets it follow the mode."
+                f"mode (dropout, batch norm, random numbers). Capture the model again in {wanted} mode, or, where only "
+                "dropout differs, with misscompile.capture, which lets it follow the mode."
             )
         for module in self.modules():
             module.training = bool(mode)
@@ -98,15 +93,26 @@ class WholeGraph(fx.GraphModule):
             weakref.finalize(forward, sources.pop, filename, None)
         return code
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        apply = functools.partial(super()._apply, fn, recurse)
+        return apply_with_kept(self, fn, apply) if STATE in vars(self) else apply()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if STATE in vars(self):
+            forgive_base(self, prefix, state_dict, missing_keys=args[2])
+
     @property
     def name_or_path(self) -> str | None:
         """Where the captured model came from, for the config of an adapter."""
         return record_of(self).name_or_path if RECORD in self.meta else None
 
     def __deepcopy__(self, memo: Any) -> WholeGraph:
-        copied = super().__deepcopy__(_copy_graphs_once(self, memo))
+        copied = super().__deepcopy__(copy_graphs_once(self, memo))
         assert isinstance(copied, WholeGraph)
         keep_structure(copied, self)
+        if STATE in vars(self):  # a merge keeps parameters of the root itself; no attribute is copied by itself
+            _adopt_state(copied, copy.deepcopy(vars(self)[STATE], memo))
         if any(state.disabled for state in owner_states(self).values()):  # the context will not come back for the copy
             swap_base(copied)
             derive_graph(copied)
@@ -121,6 +127,8 @@ class WholeGraph(fx.GraphModule):
         plain = {"training": self.training, "_non_persistent_buffers_set": self._non_persistent_buffers_set}
         graphs = [None if graph is None else write_graph(graph) for graph in (record.base, record.kept_base)]
         told = {name: getattr(record, name) for name in ("mode", "model_type", "name_or_path", "outputs")}
+        if STATE in vars(self):
+            plain[STATE] = dataclasses.replace(vars(self)[STATE], base_class=WholeGraph)
         disabled = any(state.disabled for state in owner_states(self).values())
         return _unpickle, (held | {"_modules": modules}, guards, plain, graphs, told, disabled)
 
@@ -141,10 +149,20 @@ def _unpickle(
     root = WholeGraph(source, copy_nodes(base))
     vars(root).update(held | plain)
     root.meta[RECORD] = GraphRecord(base, **told, kept_base=kept)
+    if STATE in plain:
+        _adopt_state(root, plain[STATE])
     if disabled:
         swap_base(root)
     derive_graph(root)
     return root
+
+
+def _adopt_state(root: WholeGraph, state: OwnerState) -> None:
+    """Give a copied graph the record of the root itself. Every graph module has a class of its own."""
+    vars(root)[STATE], state.base_class = state, type(root)
+    if state.disabled:
+        state.disabled = 0
+        swap_kept(root, Undo((), ()))
 
 
 def record_of(root: WholeGraph) -> GraphRecord:
@@ -168,69 +186,6 @@ def swap_base(root: WholeGraph) -> None:
 def whole_graphs(modules: Iterable[nn.Module]) -> list[WholeGraph]:
     """Those of a model's modules that are whole graphs."""
     return [module for module in modules if isinstance(module, WholeGraph) and RECORD in module.meta]
-
-
-def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGraph:
-    """A `WholeGraph` that computes what `model` computes, on the same values: base tensors are shared, blocks copied.
-
-    Raises:
-        ArgumentError: the exported program takes its parameters as inputs and has no module.
-    """
-    module: Any = model.module() if isinstance(model, torch.export.ExportedProgram) else model
-    shared: dict[int, Any] = {}
-    by_place: dict[Any, nn.Parameter] = {}
-    for held_by in module.modules():
-        state = vars(held_by).get(STATE)
-        ours = state.all_registered() if state else ()
-        for name, parameter in held_by._parameters.items():
-            if parameter is not None:
-                values = parameter.detach().clone() if name in ours else parameter.detach()
-                made = nn.Parameter(values, requires_grad=False)
-                shared.setdefault(id(parameter), by_place.setdefault(_place(made), made))
-    held = vars(module)
-    patched = {name: held.pop(name) for name in ("train", "eval") if name in held}  # torch.export forbids both by instance
-    try:
-        copied = copy.deepcopy(module, _copy_graphs_once(module, shared))
-    finally:
-        held.update(patched)
-    if isinstance(module, WholeGraph):
-        return copied  # type: ignore[no-any-return]
-    if not isinstance(copied, fx.GraphModule):
-        raise ArgumentError(f"model: expected a GraphModule or an ExportedProgram, found {type(model).__name__}.")
-    inline_graph(copied)
-    root = WholeGraph(copied, copied.graph)
-    keep_structure(root, module)
-    root.training = module.training
-    root.meta = dict(getattr(copied, "meta", {}))
-    graph = copy_nodes(copied.graph)
-    root.meta[RECORD] = GraphRecord(graph, frozen_mode(graph), outputs=_exported_output_names(graph))
-    return root
-
-
-def _place(parameter: nn.Parameter) -> object:
-    """What two parameters have in common if they hold the same values: `torch.export.load` ties no others."""
-    if type(parameter) is not nn.Parameter or parameter.layout != torch.strided or not parameter.numel():
-        return parameter
-    storage = parameter.untyped_storage()._cdata
-    return storage, parameter.storage_offset(), parameter.shape, parameter.stride(), parameter.dtype
-
-
-def inline_graph(module: fx.GraphModule) -> None:
-    """Put the regions of a graph that run without gradients in line, in place.
-
-    Raises:
-        CaptureError: Python reads a name of the graph as another one.
-    """
-    for node in module.graph.nodes:
-        name = str(node.target)
-        if node.op in ("get_attr", "call_module") and (read := unicodedata.normalize("NFKC", name)) != name:
-            raise CaptureError(
-                f"{name}: Python reads this name as {read!r} in the generated code of a graph, which would not find it. "
-                "Rename that module or parameter, or adapt the model itself: misscompile.adapt needs no graph."
-            )
-    run_passes(CAPTURE, Scope(module, module.graph, "whole graph"))
-    module.delete_all_unused_submodules()
-    module.recompile()
 
 
 def copy_nodes(graph: fx.Graph) -> fx.Graph:
@@ -260,9 +215,8 @@ def derive_graph(root: WholeGraph) -> None:
     copies = tuple((join(name, tensor), join(name, copied)) for name, (tensor, copied) in held)
     acting = record.base, tuple(blocks.items()), copies
     if acting != record.acting:
-        derived = _still_derived(
-            record, {(name, block) for name, state in states.items() for block in state.blocks.values()}
-        )
+        registered = {(name, block) for name, state in states.items() for block in state.blocks.values()}
+        derived = _still_derived(record, registered)
         if record.acting is not None:
             derived[record.acting] = {key: vars(root)[key] for key in _COMPILED} | {"forward": type(root).forward}
         if acting in derived:
@@ -270,27 +224,37 @@ def derive_graph(root: WholeGraph) -> None:
             type(root).forward = compiled.pop("forward")
             vars(root).update(compiled)
         else:
-            scope = base_scope(root)
-            scope.copies = copies
-            named = sites_by_name(scope)
-            for name, calls in named.items():
-                for index, site in enumerate(calls):
-                    for owner in (home_of(root, name), call_owner(named, name, index)):
-                        if owner in blocks:
-                            site.blocks, site.owner = blocks[owner], owner
-            run_passes(ADAPT, scope)
-            root.graph = scope.graph
+            root.graph = _insert_acting(root, blocks, copies)
         change_record(root, acting=acting, derived=derived)
     _drop_empty_containers(root)
 
 
-def _still_derived(record: GraphRecord, blocks: Collection[tuple[str, Block]]) -> dict[Acting, dict[str, Any]]:
+def _insert_acting(
+    root: WholeGraph, blocks: Mapping[str, tuple[Block, ...]], copies: tuple[tuple[str, str], ...]
+) -> fx.Graph:
+    """The base graph with these blocks on its sites. The root's own copies are read by name; other classes hand them out."""
+    scope = base_scope(root)
+    scope.copies = copies
+    named = sites_by_name(scope)
+    for name, calls in named.items():
+        for index, site in enumerate(calls):
+            for owner in (home_of(root, name), call_owner(named, name, index)):
+                if owner in blocks:
+                    site.blocks, site.owner = blocks[owner], owner
+    run_passes(ADAPT, scope)
+    own = {tensor: copied for tensor, copied in copies if "." not in tensor}
+    for node in scope.graph.find_nodes(op="get_attr"):
+        node.target = own.get(node.target, node.target)
+    return scope.graph
+
+
+def _still_derived(record: GraphRecord, registered: Collection[tuple[str, Block]]) -> dict[Acting, dict[str, Any]]:
     """The graphs that ran before, without those of other bases, and of blocks that are not registered any more."""
     bases = (record.base, record.kept_base)
     return {
         acting: compiled
         for acting, compiled in record.derived.items()
-        if acting[0] in bases and all((name, block) in blocks for name, found in acting[1] for block in found)
+        if acting[0] in bases and all((name, block) in registered for name, found in acting[1] for block in found)
     }
 
 
@@ -305,7 +269,7 @@ def _drop_empty_containers(root: WholeGraph) -> None:
             del root.get_submodule(parent)._modules[last]
 
 
-def _copy_graphs_once(module: fx.GraphModule, memo: dict[int, Any]) -> dict[int, Any]:
+def copy_graphs_once(module: fx.GraphModule, memo: dict[int, Any]) -> dict[int, Any]:
     """`memo` with copies of the graphs in which the specs of inputs and outputs, which never change, are the same objects.
 
     A deepcopy of the specs works, and warns of a class that torch itself will not instantiate any more.
@@ -319,13 +283,3 @@ def _copy_graphs_once(module: fx.GraphModule, memo: dict[int, Any]) -> dict[int,
         memo.setdefault(id(graph), copy_nodes(graph))
     memo.update({id(value): value for value in vars(module).values() if isinstance(value, pytree.TreeSpec)})
     return memo
-
-
-def _exported_output_names(graph: fx.Graph) -> tuple[str, ...]:
-    """The output embedding of a transformers model, as far as an export tells it."""
-    stacks = [module_stack(node) for node in graph.nodes]
-    roots = {kind for stack in stacks for path, kind in stack[:1] if not path}
-    if not any("transformers." in kind for kind in roots):
-        return ()
-    names = {path for stack in stacks for path, _ in stack}
-    return tuple(name for name in sorted(names) if name.rpartition(".")[2] in _OUTPUT_EMBEDDINGS)

@@ -61,9 +61,15 @@ def features_last(x: Tensor, strides: Sequence[int]) -> Tensor:
     return x[index].movedim(-1 - len(strides), -1)
 
 
-def features_first(y: Tensor, positions: int) -> Tensor:
-    """`y (…, *positions, C)` as the `(…, C, *positions)` that a convolution returns, in memory too: a model may view it."""
-    return y.movedim(-1, -1 - positions).contiguous()
+def features_first(y: Tensor, like: Tensor, positions: int) -> Tensor:
+    """`y (…, *positions, C)` as `(…, C, *positions)`, and in memory as `like`, what the convolution returns without updates.
+
+    A model may view it, and what sums it takes the values in the order of the memory.
+    """
+    moved = y.movedim(-1, -1 - positions)
+    if like.is_contiguous():
+        return moved.contiguous()
+    return torch.where(like.new_zeros((), dtype=torch.bool), like.detach(), moved)  # laid out as its first operand is
 
 
 def add_product(y: Tensor, s: Tensor, block: Tensor, terms: int) -> Tensor:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -106,11 +106,12 @@ class _Loads(threading.local):
 _LOADS = _Loads()
 
 
-def forgive_base(ours: set[str], state_dict: Mapping[str, Any], missing_keys: list[str]) -> None:
+def forgive_base(owner: nn.Module, prefix: str, state_dict: Mapping[str, Any], missing_keys: list[str]) -> None:
     """Take the keys of an owner out of `missing_keys` where a base is loaded, which has no adapters.
 
     A dict that has a key of any owner is one of an adapted model: what it lacks is missing, also of owners before.
     """
+    ours = {prefix + name for name in vars(owner)[STATE].all_registered()}
     if _LOADS.missing is not missing_keys:
         _LOADS.missing, _LOADS.forgiven = missing_keys, []
     if _LOADS.forgiven is None:
@@ -168,3 +169,19 @@ def is_current(kept: Kept, owner: nn.Module, name: str) -> bool:
     if held is None or kept.merged is None:
         return held is None and kept.merged is None
     return held.is_meta or fingerprint(held) == kept.merged
+
+
+def apply_with_kept(owner: nn.Module, fn: Callable[[Tensor], Tensor], apply: Callable[[], Any]) -> Any:
+    """Change the dtype or device of a module with `apply`, and of what a merge kept of it with `fn`."""
+    state: OwnerState = vars(owner)[STATE]
+    current = {name: is_current(kept, owner, name) for name, kept in state.kept.items()}
+    result = apply()
+    for name, kept in state.kept.items():
+        if isinstance(kept.value, nn.Parameter):
+            kept.value.data = fn(kept.value.data)
+        elif kept.value is not None:
+            kept.value = fn(kept.value)
+        merged = merged_tensor(kept, owner, name)
+        if current[name] and merged is not None and not merged.is_meta:
+            kept.merged = fingerprint(merged)
+    return result

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from misscompile.errors import ArgumentError, ConfigError, NoMatchError, StateError, UnsupportedModuleError
 from misscompile.hosts.base import Host, has_attribute
@@ -112,29 +112,29 @@ def _with_task_heads(config: MissConfig, names: Collection[str]) -> MissConfig:
 
 
 def _trained_in_full(
-    host: Host, config: MissConfig, saved: Iterable[nn.Module], targets: Iterable[Target]
+    host: Host, config: MissConfig, saved: Iterable[nn.Module], targets: Sequence[Target]
 ) -> dict[nn.Module, tuple[str, ...]]:
     """The tensors of each module that the adapter trains beside its blocks: all of `saved`, and biases."""
     whole = {inner for outer in saved for inner in outer.modules()}
-    owners = {target.owner for target in targets}
+    biases = host.biases(targets) if config.bias == "MiSS_only" else {}
     found: dict[nn.Module, tuple[str, ...]] = {}
     for module, module_name in host.canonical.items():
         names: list[str] = []
         if module in whole:
             names += module._parameters
             names += (name for name in module._buffers if name not in module._non_persistent_buffers_set)
-        elif config.bias == "all" or (config.bias == "MiSS_only" and module in owners):
-            names += (name for name in module._parameters if "bias" in name)
+        else:
+            names += (n for n in module._parameters if n in biases.get(module, ()) or (config.bias == "all" and "bias" in n))
         ours = vars(module)[STATE].all_registered() if STATE in vars(module) else ()
         names = [name for name in names if getattr(module, name) is not None and name not in ours]
         if names:
-            _check_copies_act(module, module_name, names[0])
+            _check_copies_act(module, module_name)
             found[module] = tuple(names)
     return found
 
 
 def _check_names_free(host: Host, copied: Mapping[nn.Module, Sequence[str]], adapter_name: str) -> None:
-    """Refuse a copy whose name something else has: the adapters `a` and `a_b` meet on the tensors `b_c` and `c`."""
+    """Refuse a copy whose name something else has."""
     for module, tensors in copied.items():
         for tensor in tensors:
             if has_attribute(module, name := copy_name(adapter_name, tensor)):
@@ -144,17 +144,12 @@ def _check_names_free(host: Host, copied: Mapping[nn.Module, Sequence[str]], ada
                 )
 
 
-def _check_copies_act(module: nn.Module, module_name: str, tensor: str) -> None:
+def _check_copies_act(module: nn.Module, module_name: str) -> None:
     if isinstance(module, nn.RNNBase):
-        found = "keeps its weights in a list of its own, so that a trained copy of them"
-    elif isinstance(module, fx.GraphModule):
-        found = f"holds {tensor!r} at the root of a graph, where a trained copy of it"
-    else:
-        return
-    raise UnsupportedModuleError(
-        f"{module_name or 'the model itself'} ({type(module).__name__}) {found} would have no effect: leave it out of "
-        "modules_to_save and bias."
-    )
+        raise UnsupportedModuleError(
+            f"{module_name or 'the model itself'} ({type(module).__name__}) keeps its weights in a list of its own, so that "
+            "a trained copy of them would have no effect: leave it out of modules_to_save and bias."
+        )
 
 
 def _weight_problem(target: Target, trainable: bool) -> str | None:

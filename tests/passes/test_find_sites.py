@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import TRACERS, graph_list
+from support import TRACERS, fill_blocks, graph_list, max_error
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations
@@ -279,6 +279,52 @@ def test_finds_the_projections_of_attention(cross: bool, widths: tuple[int, int]
         assert torch.equal(take_view(weight, site.path.view), weight[start : start + IN])
 
 
+class Attending(nn.Module):
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attn(x)
+        return y
+
+
+PROJECTED: dict[str, tuple[int, Callable[[Tensor], Tensor], list[tuple[str, int]]]] = {
+    # rows of in_proj_weight, what the call takes of it, and the sites with their outputs
+    "q, k and v": (3 * IN, lambda w: w, [("attn.q", IN), ("attn.k", IN), ("attn.v", IN)]),
+    "k and v": (3 * IN, lambda w: w[IN:], [("attn.k", IN), ("attn.v", IN)]),
+    "fewer rows": (IN + 4, lambda w: w, [("attn.in_proj_weight", IN + 4)]),
+    "more rows": (3 * IN + 4, lambda w: w, [("attn.in_proj_weight", 3 * IN + 4)]),
+    "rows across two": (3 * IN, lambda w: w[4:-4], [("attn.in_proj_weight", 2 * IN)]),
+    "every other row": (3 * IN, lambda w: w[::2], [("attn.in_proj_weight", 12)]),
+}
+
+
+@both_tracers
+@pytest.mark.parametrize("case", PROJECTED)
+def test_only_three_square_matrices_are_the_projections_of_an_attention(case: str, tracer: str) -> None:
+    rows, part, expected = PROJECTED[case]
+
+    class Projecting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_proj_weight = nn.Parameter(torch.randn(rows, IN).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, part(self.in_proj_weight))
+
+    graph = TRACERS[tracer](Attending(Projecting()), X)
+    scope = search(graph)
+    assert [(site.owner, site.out_features) for site in scope.sites] == expected
+    adapted = fill_blocks(mc.adapt(graph, {"r": 2, "target_modules": "all-linear"}))
+    y, before = adapted(X), graph.get_parameter("attn.in_proj_weight").detach().clone()
+    assert max_error(y, graph(X)) > 1e-3
+    merged = mc.merge(adapted)
+    assert max_error(merged(X), y) < 1e-12
+    changed = (merged.get_parameter("attn.in_proj_weight") != before).any(1)
+    assert int(changed.sum()) == sum(size for _, size in expected)
+
+
 @both_tracers
 def test_tells_parts_of_one_weight_apart(tracer: str) -> None:
     def gated(w: Tensor, b: Tensor, x: Tensor) -> Tensor:
@@ -349,6 +395,11 @@ REFUSED: dict[str, tuple[Rule, tuple[int, ...], str]] = {
     "einsum of three": (lambda w, b, x: torch.einsum("bti,oi,o->bto", x, w, b), (OUT, IN), no_matrix("bti,oi,o->bto")),
     "einsum without an arrow": (lambda w, b, x: torch.einsum("bi,oi", x[0], w), (OUT, IN), no_matrix("bi,oi")),
     "einsum over the positions": (lambda w, b, x: torch.einsum("bti,ot->boi", x, w), (OUT, 5), no_matrix("bti,ot->boi")),
+    "einsum of a diagonal of the input": (
+        lambda w, b, x: torch.einsum("ii,oi->io", x[0, :4, :4], w[:, :4]),
+        (OUT, IN),
+        no_matrix("ii,oi->io"),
+    ),
     "einsum diagonal": (lambda w, b, x: torch.einsum("bti,ii->bti", x, w), (IN, IN), no_matrix("bti,ii->bti")),
     "three dimensions": (lambda w, b, x: x @ w.transpose(1, 2), (3, OUT, IN), STACKED),
     "a copy that is no view": (lambda w, b, x: F.linear(x, w.t().reshape(OUT, IN)), (OUT, IN), NO_VIEW),

@@ -12,7 +12,7 @@ from support import graph_list, trace_export
 from torch import Tensor, fx, nn
 
 from misscompile.hosts.whole_graph import copy_nodes
-from misscompile.passes.follow_mode import by_mode, follow_mode
+from misscompile.passes.follow_mode import by_mode, follow_mode, frozen_mode
 from misscompile.record.words import Scope
 
 X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -142,3 +142,85 @@ def test_what_has_no_constant_to_follow_is_left_alone_and_told(name: str) -> Non
     assert follow_mode(scope) == 0
     assert scope.follows_mode is follows
     assert [graph_list(graph) for graph in graphs] == before
+
+
+ACTING: dict[str, tuple[Callable[[], nn.Module], bool | None]] = {
+    "dropout": (lambda: nn.Dropout(0.5), None),
+    "dropout in place": (lambda: nn.Dropout(0.5, inplace=True), None),
+    "dropout of channels": (lambda: nn.Dropout1d(0.5), None),
+    "alpha dropout": (lambda: nn.AlphaDropout(0.5), None),
+    "alpha dropout of features": (lambda: nn.FeatureAlphaDropout(0.5), None),
+    "random slope": (lambda: nn.RReLU(), False),
+    "random slope in place": (lambda: nn.RReLU(inplace=True), False),
+    "batch norm": (lambda: nn.BatchNorm1d(4), False),
+    "instance norm": (lambda: nn.InstanceNorm1d(4, track_running_stats=True), False),
+    "a mask drawn by hand": (lambda: ByRule(lambda x, t: x * torch.rand_like(x).round() if t else x), None),
+    "path dropout": (lambda: ByRule(lambda x, t: x * x.new_empty(2, 1, 1).bernoulli_(0.5) if t else x), None),
+}
+"""Modules that compute something else in training, and what their graph of evaluation tells once it is decomposed."""
+SAME: dict[str, Callable[[], nn.Module]] = {
+    "nothing": nn.Tanh,
+    "a rate of zero": lambda: nn.Dropout(0.0),
+    "attention without a rate": lambda: ByRule(lambda x, t: F.scaled_dot_product_attention(x, x, x)),
+    "batch norm that counts nothing": lambda: nn.BatchNorm1d(4, track_running_stats=False),
+    "instance norm that counts nothing": lambda: nn.InstanceNorm1d(4),
+    "layer norm": lambda: nn.LayerNorm(6),
+    "a p that is no rate": lambda: ByRule(lambda x, t: x / x.norm(3, -1, True)),
+}
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("name", [*ACTING, *SAME])
+def test_an_exported_graph_tells_the_mode_it_was_made_in(name: str, decomposed: bool) -> None:
+    make, left = ACTING.get(name, (SAME.get(name), None))
+    assert make is not None
+    for mode in (True, False):
+        program = torch.export.export(make().train(mode), (X,), strict=False)
+        graph = program.run_decompositions().graph if decomposed else program.graph
+        told = mode if mode or not decomposed else left
+        undrawn = not mode and isinstance(make(), ByRule)
+        assert frozen_mode(graph) is (None if name in SAME or undrawn else told)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_recurrent_dropout_tells_the_mode(mode: bool) -> None:
+    for kind in (nn.LSTM, nn.GRU, nn.RNN):
+        for rate, told in ((0.5, mode), (0.0, None)):
+            module = kind(6, 5, 2, dropout=rate).train(mode)
+            assert frozen_mode(torch.export.export(module, (X,), strict=False).graph) is told
+
+
+TRACED: dict[str, Callable[[Tensor, bool], Tensor]] = {
+    "F.dropout": lambda x, t: F.dropout(x, 0.5, t),
+    "F.dropout by keywords": lambda x, t: F.dropout(x, training=t),
+    "F.dropout1d": lambda x, t: F.dropout1d(x, 0.5, t),
+    "F.rrelu": lambda x, t: F.rrelu(x, training=t),
+    "F.batch_norm": lambda x, t: F.batch_norm(x, torch.zeros(4), torch.ones(4), training=t),
+    "torch.dropout": lambda x, t: torch.dropout(x, 0.5, t),
+    "torch.batch_norm": lambda x, t: torch.batch_norm(x, None, None, torch.zeros(4), torch.ones(4), t, 0.1, 1e-5, False),
+    "attention": attend,
+    "torch.bernoulli": lambda x, t: x * torch.bernoulli(x) if t else x,
+    "a method": lambda x, t: x * x.clone().uniform_() if t else x,
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_traced_graph_tells_the_mode_of_its_functions(name: str) -> None:
+    drawn_or_nothing = name in ("attention", "torch.bernoulli", "a method")
+    for mode in (True, False):
+        graph = fx.symbolic_trace(ByRule(TRACED[name]).train(mode)).graph
+        assert frozen_mode(graph) is (mode or (None if drawn_or_nothing else False))
+
+
+def test_a_module_follows_its_own_mode_and_a_rate_of_zero_has_none() -> None:
+    for model in (nn.Sequential(nn.Dropout(0.5)), ByRule(lambda x, t: F.dropout(x, 0.0, t))):
+        assert frozen_mode(fx.symbolic_trace(model).graph) is None
+
+
+def test_a_graph_that_follows_the_mode_or_mixes_modes_is_not_frozen_in_evaluation() -> None:
+    scope = both_modes(nn.Sequential(Dropped(), ByRule(lambda x, t: attend(torch.cat([x, x[..., :1]], -1), t))))
+    follow_mode(scope)
+    assert scope.follows_mode
+    assert frozen_mode(scope.graph) is None
+    mixed = nn.Sequential(nn.BatchNorm1d(4).eval(), nn.Dropout(0.5))
+    assert frozen_mode(trace_export(mixed, X).graph) is True

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 from support import VARIANTS, adapted, base_weight, fill_blocks, max_error, reference_delta
 from torch import Tensor, fx, nn
-from torch.nn.utils import spectral_norm
+from torch.nn.utils import remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
 from transformers.pytorch_utils import Conv1D
 
 import misscompile as mc
@@ -128,6 +128,12 @@ class Forwards:
     def sequences_alone(self: Any, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         return F.linear(x.view(batch * length, width), self.weight).view(batch, length, 8) * float(x.max())
+
+    def scripted(self: Any, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return F.linear(x, self.weight, self.bias)
+        else:
+            return F.linear(x, self.weight.to(x.dtype), self._rescale(self.bias))
 
     def grouped(self: Any, x: Tensor) -> Tensor:
         return (x * self.weight[0]).unflatten(-1, (int(x.shape[-1] / 3), 3))  # type: ignore[no-any-return]
@@ -246,6 +252,29 @@ def test_a_trace_computes_what_its_owner_does_and_calls_a_child_as_one_node(
     assert torch.equal(fx.GraphModule(owner, scope.graph)(X), owner(X))
 
 
+def test_a_branch_for_scripts_is_never_taken_and_does_not_keep_a_forward_from_being_traced() -> None:
+    owner = make("scripted")
+    scope = trace(owner)
+    assert scope.opaque is None
+    assert torch.equal(fx.GraphModule(owner, scope.graph)(X), owner(X))
+    weight = owner.weight.detach().double()
+    delta = reference_delta("bat", fill_blocks(adapt(owner, "bat")).miss_block_default, weight)
+    expected = F.linear(X.double(), weight + delta, owner.bias.double())
+    assert max_error(owner(X), expected) < 1e-6
+
+
+def test_a_branch_behind_a_condition_that_is_read_both_ways_is_looked_at() -> None:
+    class Either(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.bias is None:
+                return F.linear(x, self.weight)
+            else:
+                return F.linear(x, self.weight) * self.out_scale  # type: ignore[operator]
+
+    owner = Either(12, 8)
+    assert trace(owner).opaque == "its forward reads self.out_scale, which a trace would freeze or lose"
+
+
 def test_a_scope_has_the_shapes_of_its_owner_and_none_of_its_values() -> None:
     for owner in (nn.Linear(12, 8).double(), _parametrized()):
         held = trace(owner).root.get_parameter("weight")
@@ -298,8 +327,24 @@ def test_an_attribute_of_an_opaque_owner_still_counts_after_adapting(name: str) 
     assert torch.equal(owner(X), F.linear(X, base_weight(owner)) * 7.0)
 
 
-def test_the_old_spectral_norm_is_opaque_because_a_hook_writes_its_weight() -> None:
-    assert trace(spectral_norm(nn.Linear(12, 8))).opaque == "its forward makes a tensor, which a trace would freeze"
+@pytest.mark.parametrize("norm", [spectral_norm, weight_norm])
+def test_a_weight_that_a_hook_writes_is_opaque_and_merged_once_it_is_a_parameter_again(norm: Any) -> None:
+    model = adapted(nn.Sequential(norm(nn.Linear(12, 8))).double().eval())
+    x = X.double()
+    y, before = model(x), list(model.state_dict())
+    reason = r"its weight is computed by a hook before each call \(remove_weight_norm, .* makes it a parameter again\)"
+    with pytest.raises(mc.MergeError, match=f"0: {reason}"):
+        mc.merge(model)
+    assert torch.equal(model(x), y)
+    assert list(model.state_dict()) == before
+    remove = remove_weight_norm if norm is weight_norm else remove_spectral_norm
+    remove(model[0])
+    assert max_error(model(x), y) < 1e-9
+    mc.merge(model)
+    assert max_error(model(x), y) < 1e-9
+    assert sorted(model.state_dict()) == ["0.bias", "0.weight"]
+    with pytest.raises(mc.UnsupportedModuleError, match=f"{reason}, and 'bat' needs the weight itself"):
+        mc.adapt(nn.Sequential(norm(nn.Linear(12, 8))), mc.MissConfig(r=4, target_modules="0", init_weights="bat"))
 
 
 def test_a_weight_that_is_not_called_as_a_linear_is_opaque_and_cannot_be_merged() -> None:
