@@ -39,15 +39,20 @@ def make_plan(host: Host, config: MissConfig, adapter_name: str, round_bat_weigh
     selection = select_names(config, names, _targets(host, config, linears), set(linears) - outputs)
     rounds = round_bat_weight and VARIANTS[config.variant].reads_weight
     block = Block(adapter_name, config.variant, config.r, config.mini_r, float(config.miss_dropout), rounds)
-    blocks = {name: dataclasses.replace(block, r=rank_of(config, name)) for name in selection.chosen}
-    looked = [found for name in selection.chosen for found in host.look(name, blocks[name])]
+    saved = [host.modules[name] for name in selection.saved if name in host.modules]
+    whole = {inner for outer in saved for inner in outer.modules()}
+    chosen = [name for name in selection.chosen if host.modules.get(name) not in whole]  # not under another name either
+    if not chosen:
+        raise NoMatchError(
+            f"modules_to_save={config.modules_to_save!r} takes {selection.chosen[0]!r} and all else targeted."
+        )
+    looked = [found for name in chosen for found in host.look(name, dataclasses.replace(block, r=rank_of(config, name)))]
     targets = [found for found in looked if isinstance(found, Target)]
     refusals = [*refusals, *(found for found in looked if isinstance(found, Refusal))]
     _check_refusals(refusals, targets, implicit)
     targets, misfits = _fitting(targets, config, implicit)
     refusals += misfits
-    saved = [host.modules[name] for name in selection.saved if name in host.modules]
-    copied = _trained_in_full(host, config, saved, targets)
+    copied = _trained_in_full(host, config, whole, targets)
     ranks = ranks_without_effect(config, [target.name for target in targets])
     notes = [*selection.notes, *ranks, *refusal_notes("not adapted:", refusals), *host.notes(targets)]
     return Plan(Adapter(adapter_name, config, refusals=tuple(refusals)), host.canonical, targets, notes, copied)
@@ -104,10 +109,9 @@ def _with_task_heads(config: MissConfig, names: Collection[str]) -> MissConfig:
 
 
 def _trained_in_full(
-    host: Host, config: MissConfig, saved: Iterable[nn.Module], targets: Iterable[Target]
+    host: Host, config: MissConfig, whole: Collection[nn.Module], targets: Iterable[Target]
 ) -> dict[nn.Module, tuple[str, ...]]:
-    """The tensors of each module that the adapter trains beside its blocks: all of `saved`, and biases."""
-    whole = {inner for outer in saved for inner in outer.modules()}
+    """The tensors of each module that the adapter trains beside its blocks: all of `whole`, and biases."""
     owners = {target.owner for target in targets}
     found: dict[nn.Module, tuple[str, ...]] = {}
     for module, module_name in host.canonical.items():
