@@ -2,6 +2,7 @@
 #
 #   make demo   fine-tune SmolLM2-135M-Instruct with a MiSS adapter and ship it as an ordinary model
 #   make test   run the tests
+#   make fuzz   run random steps on random models against a plain model, for five minutes
 #   make bench  measure against PEFT and the frozen base (under ten minutes on two cores); the files go to out/bench
 #   make api    write docs/api.md and the table of files in docs/architecture.md again
 #
@@ -14,8 +15,9 @@ INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
 
 OUT ?= out/bench
+FUZZ_SECONDS ?= 300
 
-.PHONY: demo test bench api
+.PHONY: demo test fuzz bench api
 
 demo: $(INSTALLED)
 	TQDM_DISABLE=1 $(BIN)/python examples/finetune_smollm2.py
@@ -24,6 +26,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n auto --dist loadfile
 	@echo "Shown: every test passes."
+
+fuzz: $(INSTALLED)
+	HF_HUB_OFFLINE=1 MISSCOMPILE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz -q -s --tb=short --show-capture=no
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/misscompile bench --out $(OUT)

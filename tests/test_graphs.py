@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import (
     TRACERS,
     VARIANTS,
@@ -449,3 +451,40 @@ def test_a_part_of_a_graph_is_refused_by_name(verb: Any) -> None:
         verb(adapted.get_submodule("0"))
     assert snapshot(adapted) == before
     assert torch.equal(adapted(X), y)
+
+
+class _Halves(nn.Module):
+    """A bare parameter that is read in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(20, 8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w[:12])[..., :8] * F.linear(x, self.w[12:])
+
+
+def _root_linear() -> nn.Module:
+    return nn.Linear(8, 6).double()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [_Halves, lambda: nn.Sequential(_Halves()), _root_linear])
+@pytest.mark.parametrize("trace", [fx.symbolic_trace, lambda model: mc.capture(model, (torch.ones(3, 8).double(),))])
+def test_parts_of_a_bare_parameter_and_a_root_linear_are_sites_to_every_verb(
+    make: Callable[[], nn.Module], trace: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    base, x = make(), torch.randn(3, 8, dtype=torch.float64)
+    plain = base(x)
+    model = fill_blocks(mc.adapt(trace(base), {"r": 2, "target_modules": "all-linear"}), 0.5)
+    adapted = model(x)
+    assert max_error(adapted, plain) > 0.1
+    assert len(mc.trainable_parameters(model)) == (1 if isinstance(base, nn.Linear) else 2)
+    mc.save_adapter(model, tmp_path)
+    assert torch.equal(mc.load_adapter(trace(base), tmp_path)(x), adapted)
+    mc.merge(model, keep_adapters=True)
+    assert max_error(model(x), adapted) < 1e-12
+    mc.unmerge(model)
+    assert torch.equal(model(x), adapted)
+    assert max_error(mc.merge(copy.deepcopy(model))(x), adapted) < 1e-12
+    assert max_error(mc.unload(model)(x), plain) < 1e-12

@@ -242,6 +242,60 @@ def test_a_base_checkpoint_is_loaded_into_the_base_beside_its_copies(assign: boo
         assert torch.equal(model[1].proj.weight, values["1.proj.weight"])
 
 
+def test_a_block_and_a_copy_of_one_weight_are_not_active_together() -> None:
+    model = shake(mc.adapt(adapted("head"), {"r": 4, "target_modules": ["head"]}, "other"), seed=3)
+    before = snapshot(model, X)
+    for names in (["default", "other"], ["other", "default"]):
+        for verb in (mc.set_adapter, mc.merge):
+            with pytest.raises(mc.StateError, match=r"both train head\.weight, one of them in full"):
+                verb(model, names)
+    assert snapshot(model, X) == before
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, fx.symbolic_trace], ids=["module", "graph"])
+def test_merging_one_adapter_leaves_the_copy_that_another_one_trains(make: Callable[[nn.Module], Any]) -> None:
+    """The copy stands under the name of the weight while it acts; the blocks of others are of the base's weight."""
+    model = shake(mc.adapt(make(plain()), {"r": 4, "target_modules": ["up"]}, "blocks"), seed=3)
+    only_blocks = run(model, X)
+    model = shake(mc.adapt(model, {"r": 4, "target_modules": ["down"], "modules_to_save": ["up"]}, "copies"), seed=4)
+    active = run(model, X)
+    mc.merge(model, ["blocks"])
+    assert torch.equal(run(model, X), active)
+    mc.delete_adapter(model, "copies")
+    assert_close(run(model, X), only_blocks)
+
+
+class TwinNet(Net):
+    """`down` has a twin of the same weight, and `head` a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = nn.Linear(8, 20, bias=False)
+        self.twin.weight, self.again = self.down.weight, self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.up(x))
+        y: Tensor = self.again(torch.tanh(self.down(h) - self.twin(torch.sin(h))))
+        return y
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, fx.symbolic_trace], ids=["module", "graph"])
+def test_tied_modules_share_a_block_while_another_adapter_trains_one_of_them(make: Callable[[nn.Module], Any]) -> None:
+    rules = {"r": 4, "target_modules": ["up"], "modules_to_save": ["twin"]}
+    model = mc.adapt(mc.adapt(make(TwinNet()), rules, "copies"), {"r": 4, "target_modules": ["down", "twin"]}, "blocks")
+    assert model.down.miss_block_blocks is model.twin.miss_block_blocks
+    expected = run(shake(model), X)
+    assert_close(run(mc.merge(model, "blocks"), X), expected)
+
+
+def test_a_module_to_save_is_no_target_under_another_name() -> None:
+    model = mc.adapt(TwinNet(), {"r": 4, "target_modules": ["up", "head"], "modules_to_save": ["again"]})
+    assert copies(model) == HEAD
+    assert [name for name, _ in model.named_parameters() if "miss_block" in name] == ["up.miss_block_default"]
+    with pytest.raises(mc.NoMatchError, match=r"modules_to_save=\['again'\] takes 'head'"):
+        mc.adapt(TwinNet(), {"r": 4, "target_modules": ["head"], "modules_to_save": ["again"]})
+
+
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
 def test_a_classification_task_adds_the_classifier(task: str, tmp_path: Path) -> None:
     model = mc.adapt(tiny_bert(), {"r": 4, "target_modules": ["query", "value"], "task_type": task})

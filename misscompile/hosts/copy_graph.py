@@ -1,4 +1,4 @@
-"""A `WholeGraph` of a graph of any kind, over the same values: a `GraphModule`, an exported program, another `WholeGraph`."""
+"""A `WholeGraph` of a graph of any kind, over the same values: a `GraphModule`, an exported program, or one of ours."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def copy_graph(model: fx.GraphModule | torch.export.ExportedProgram) -> WholeGra
     for held_by in module.modules():
         state = vars(held_by).get(STATE)
         ours = state.all_registered() if state else ()
-        made = (value for value in vars(held_by).values() if isinstance(value, torch.Tensor) and not value.is_leaf)
-        shared |= {id(value): value.detach() for value in made}  # by a hook, before the next call
+        computed = (value for value in vars(held_by).values() if isinstance(value, torch.Tensor) and not value.is_leaf)
+        shared |= {id(value): value.detach() for value in computed}  # by a hook, before the next call
         for name, parameter in held_by._parameters.items():
             if parameter is not None:
                 values = parameter.detach().clone() if name in ours else parameter.detach()

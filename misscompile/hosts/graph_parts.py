@@ -29,10 +29,18 @@ def keep_structure(copied: nn.Module, source: nn.Module) -> None:
 
 
 def home_of(root: nn.Module, name: str) -> str:
-    """The module that holds the block of a site: that of its name, or one beside the root or parameter of this name."""
-    parent, _, last = name.rpartition(".")
-    holder = find_module(root, parent)
-    return f"{name}#" if not name or (holder is not None and last in holder._parameters) else name
+    """The module that holds the block of a site: that of its name, or one beside the root or parameter that the name has.
+
+    `w` of a parameter `w` is on `w#`, and `w.part0`, a part of it, on `w#part0`.
+    """
+    segments, module = name.split("."), root
+    for index, segment in enumerate(segments):
+        if not name or segment in module._parameters:
+            return ".".join([*segments[:index], "#".join([segment, ".".join(segments[index + 1 :])])])
+        if (child := module._modules.get(segment)) is None:
+            break
+        module = child
+    return name
 
 
 def call_owner(named: Mapping[str, list[Site]], name: str, index: int) -> str | None:
@@ -42,8 +50,9 @@ def call_owner(named: Mapping[str, list[Site]], name: str, index: int) -> str | 
 
 
 def other_name(owner: str, site: str) -> str | None:
-    """The last segment of a site's name where the module that holds its block has another one, else None."""
-    return None if owner == site else site.rpartition(".")[2]
+    """A site's name beside the module that holds its block, where that has another one, else None."""
+    parent = owner.rpartition(".")[0]
+    return None if owner == site else site.removeprefix(f"{parent}.")
 
 
 def require_container(root: nn.Module, name: str) -> nn.Module:

@@ -28,7 +28,7 @@ from misscompile.passes.owner_names import module_stack
 from misscompile.passes.runner import UNSHARE, run_passes
 from misscompile.passes.unshare_weights import call_name
 from misscompile.passes.weight_paths import WeightError, find_parameter, overlap, trace_weight
-from misscompile.record.state import STATE, Kept, OwnerState, fingerprint
+from misscompile.record.state import STATE, Kept, OwnerState, base_tensor, fingerprint
 from misscompile.record.transaction import Undo
 from misscompile.record.walk import owner_state, owners
 from misscompile.record.words import Block, Refusal, Scope, Site, Target, View
@@ -198,7 +198,8 @@ class GraphHost(Host):
 
     def stored_weight(self, owner: str, site: Site) -> Tensor:
         assert site.path is not None
-        return self.root.get_parameter(site.path.parameter)
+        module, name = self._holder(site.path.parameter)
+        return base_tensor(module, name)  # the attribute may be what another adapter trains
 
     def code(self) -> list[str]:
         return [before_and_after("# whole graph", record_of(self.root).base, self.root.graph)]

@@ -150,7 +150,9 @@ class ModuleHost(Host):
         return type(module).__name__ + (" (opaque)" if owner_scope(module).opaque else "")
 
     def stored_weight(self, owner: str, site: Site) -> Tensor:
-        weight = self.modules[owner].weight
+        module = self.modules[owner]
+        held = module._parameters.get("weight")  # the base's: the attribute may be what another adapter trains
+        weight = module.weight if held is None else held  # a parametrized one is computed
         assert isinstance(weight, Tensor)
         return weight
 

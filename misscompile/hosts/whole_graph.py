@@ -239,7 +239,7 @@ def _insert_acting(
     for name, calls in named.items():
         for index, site in enumerate(calls):
             for owner in (home_of(root, name), call_owner(named, name, index)):
-                if owner in blocks:
+                if owner is not None and owner in blocks:
                     site.blocks, site.owner = blocks[owner], owner
     run_passes(ADAPT, scope)
     own = {tensor: copied for tensor, copied in copies if "." not in tensor}

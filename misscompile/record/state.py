@@ -56,7 +56,7 @@ class OwnerState:
     foreign_forward: Any = None
     """An instance attribute `forward` that somebody else had put on the module."""
     stands_for: str | None = None
-    """The last segment of its site's name, where the module was made for its blocks alone (`table#`, `step#0`)."""
+    """The name of its site beside it, where the module was made for its blocks alone (`table#`, `step#0`)."""
     classes: dict[tuple[str, ...], type[nn.Module]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     """The classes that the module has had, by the adapters that acted: going back to a set needs no new one."""
 

@@ -137,7 +137,7 @@ class Target:
     scope: Scope | None = None
     """That of the owner's forward, where blocks act in it."""
     stands_for: str | None = None
-    """The last segment of the name that the rules chose, where the owner has another one."""
+    """The name that the rules chose, beside the owner, where the owner has another one."""
 
 
 @dataclasses.dataclass

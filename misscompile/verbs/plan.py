@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -43,8 +43,14 @@ def make_plan(
     selection = select_names(config, names, _targets(host, config, linears), set(linears) - outputs)
     rounds = round_bat_weight and VARIANTS[config.variant].reads_weight
     block = Block(adapter_name, config.variant, config.r, config.mini_r, float(config.miss_dropout), rounds)
-    blocks = {name: dataclasses.replace(block, r=rank_of(config, name)) for name in selection.chosen}
-    looked = [found for name in selection.chosen for found in host.look(name, blocks[name])]
+    saved = [host.modules[name] for name in selection.saved if name in host.modules]
+    whole = {inner for outer in saved for inner in outer.modules()}
+    chosen = [name for name in selection.chosen if host.modules.get(name) not in whole]  # not under another name either
+    if not chosen:
+        raise NoMatchError(
+            f"modules_to_save={config.modules_to_save!r} takes {selection.chosen[0]!r} and all else targeted."
+        )
+    looked = [found for name in chosen for found in host.look(name, dataclasses.replace(block, r=rank_of(config, name)))]
     targets = [found for found in looked if isinstance(found, Target)]
     refusals = [*refusals, *(found for found in looked if isinstance(found, Refusal))]
     idle = {t.name: Refusal(t.name, type(t.owner).__name__, why) for t in targets if (why := _weight_problem(t, trainable))}
@@ -52,8 +58,7 @@ def make_plan(
     _check_refusals(refusals, targets, implicit)
     targets, misfits = _fitting(targets, config, implicit)
     refusals += misfits
-    saved = [host.modules[name] for name in selection.saved if name in host.modules]
-    copied = _trained_in_full(host, config, saved, targets)
+    copied = _trained_in_full(host, config, whole, targets)
     _check_names_free(host, copied, adapter_name)
     ranks = ranks_without_effect(config, [target.name for target in targets])
     notes = [*selection.notes, *ranks, *refusal_notes("not adapted:", refusals), *host.notes(targets)]
@@ -112,10 +117,9 @@ def _with_task_heads(config: MissConfig, names: Collection[str]) -> MissConfig:
 
 
 def _trained_in_full(
-    host: Host, config: MissConfig, saved: Iterable[nn.Module], targets: Sequence[Target]
+    host: Host, config: MissConfig, whole: Collection[nn.Module], targets: Sequence[Target]
 ) -> dict[nn.Module, tuple[str, ...]]:
-    """The tensors of each module that the adapter trains beside its blocks: all of `saved`, and biases."""
-    whole = {inner for outer in saved for inner in outer.modules()}
+    """The tensors of each module that the adapter trains beside its blocks: all of `whole`, and biases."""
     biases = host.biases(targets) if config.bias == "MiSS_only" else {}
     found: dict[nn.Module, tuple[str, ...]] = {}
     for module, module_name in host.canonical.items():

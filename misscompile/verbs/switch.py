@@ -166,16 +166,17 @@ def activate(root: nn.Module, adapted: Mapping[str, nn.Module], names: tuple[str
 
 
 def check_copies_apart(states: Mapping[str, OwnerState], names: Sequence[str]) -> None:
-    """Refuse adapters that train one tensor in full each: it can have only one value."""
+    """Refuse an adapter that trains a tensor in full beside another that changes it: it can have only one value."""
     for owner_name, state in states.items():
-        trained: dict[str, str] = {}
+        changed: dict[str, str] = {}
         for name in names:
-            for tensor in state.copies.get(name, ()):
-                other = trained.setdefault(tensor, name)
-                if other != name:
+            own = state.copies.get(name, ())
+            for tensor in (*own, "weight") if name in state.blocks else own:
+                other = changed.setdefault(tensor, name)
+                if other != name and tensor in (*own, *state.copies.get(other, ())):
                     raise StateError(
-                        f"the adapters {other!r} and {name!r} both train {owner_name}.{tensor} in full, and it can have "
-                        "only one value: activate one of them."
+                        f"the adapters {other!r} and {name!r} both train {owner_name}.{tensor}, one of them in full, and it "
+                        "can have only one value: activate one of them."
                     )
 
 
