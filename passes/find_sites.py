@@ -168,7 +168,7 @@ def _projections(scope: Scope, site: Site) -> list[Site]:
     assert site.path is not None
     stored = find_parameter(scope.root, site.path.parameter)
     width, (_, stride, offset) = site.in_features, site.path.view
-    row, rest = divmod(offset, width)
+    row, rest = divmod(offset, max(width, 1))
     if fused != "in_proj_weight" or stored is None or stored.shape != (3 * width, width):
         return []
     if stride != (width, 1) or rest or row % width or site.out_features % width:

@@ -76,7 +76,7 @@ UNMERGED: dict[str, tuple[Callable[[], fx.GraphModule], str]] = {
         lambda: TRACERS["export"](holder(lambda w, b, x: torch.addmm(w, x[0, :3, :3], w[:, :3].t()), (3, 3)), X),
         r"proj: its weight is also read by 'addmm' \(aten\.addmm\.default\)",
     ),
-    "tied in two forms": (tied, r"decode and encode read one weight in two forms|encode and decode read"),
+    "tied in two forms": (tied, r"(decode and encode|encode and decode) read one weight, each with blocks of its own"),
     "read elsewhere": (
         lambda: TRACERS["export"](holder(lambda w, b, x: F.linear(x, w, b) * w.sum()), X),
         r"proj: its weight is also read by 'sum_1' \(aten\.sum\.default\)",

@@ -251,11 +251,11 @@ def test_a_bias_of_the_model_itself_is_trained_by_every_verb(bias: str, tracer: 
     model = RootBias().double()
     graph = TRACERS[tracer](model, X)
     adapted = mc.adapt(graph, fields(bias=bias))
-    assert {name for name, _ in mc.trainable_parameters(adapted)} == {"miss_copy_default_bias", "table#.miss_block_default"}
+    assert {name for name, _ in mc.trainable_parameters(adapted)} == {"miss_copy_default:bias", "table#.miss_block_default"}
     assert torch.equal(adapted(X), model(X))
     shake(adapted)
     delta = reference_delta(True, adapted.get_parameter("table#.miss_block_default"), model.table)
-    expected = nn.functional.linear(X, model.table + delta, adapted.miss_copy_default_bias)
+    expected = nn.functional.linear(X, model.table + delta, adapted.get_parameter("miss_copy_default:bias"))
     y = adapted(X)
     assert max_error(y, expected) < 1e-12
     assert all(gradient.abs().max() > 0 for gradient in gradients(adapted, X).values())
@@ -289,7 +289,7 @@ def test_the_biases_of_adapted_calls_are_trained_whatever_module_holds_them(tmp_
     adapted = shake(mc.adapt(graph, rules))
     trained = {name for name, _ in mc.trainable_parameters(adapted) if "miss_copy" in name}
     assert trained == {
-        f"layers.{layer}.{path}.miss_copy_default_{bias}"
+        f"layers.{layer}.{path}.miss_copy_default:{bias}"
         for layer in range(2)
         for path, bias in (("self_attn", "in_proj_bias"), ("linear1", "bias"))
     }
@@ -298,7 +298,7 @@ def test_the_biases_of_adapted_calls_are_trained_whatever_module_holds_them(tmp_
     without = copy.deepcopy(adapted)
     with torch.no_grad():
         for name in trained:
-            without.get_parameter(name).copy_(model.get_parameter(name.replace("miss_copy_default_", "")))
+            without.get_parameter(name).copy_(model.get_parameter(name.replace("miss_copy_default:", "")))
     assert largest_difference(output, without(**batch)) > 1e-3
     assert all(gradients(adapted, **batch)[name].abs().max() > 0 for name in trained)
     mc.save_adapter(adapted, tmp_path)

@@ -86,6 +86,9 @@ def enter(model: PreTrainedModel, contestant: Contestant, settings: Settings) ->
     """`model` with what the contestant adds, at its start values; changed in place."""
     if contestant.provider == "base":
         return model
+    narrowest = min(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
+    if settings.r > narrowest:  # all-linear would leave those out, and PEFT would not
+        raise mc.ConfigError(f"r={settings.r} is more than the {narrowest} input features of a linear of the model.")
     fields: dict[str, Any] = {"r": settings.r, "target_modules": "all-linear"}
     config: peft.PeftConfig
     if contestant.method == "lora":

@@ -15,7 +15,7 @@ from misscompile.errors import MergeError
 from misscompile.kernels import Scratch, fold_in_place, is_finite, stays_finite
 from misscompile.passes.weight_paths import take_view
 from misscompile.record.state import STATE, Kept, OwnerState, base_tensor, copy_name, fingerprint
-from misscompile.record.transaction import Undo
+from misscompile.record.transaction import Undo, write, writing
 from misscompile.record.walk import join, named_modules, owners
 from misscompile.record.words import Block, Refusal, Site, Target, View
 from misscompile.variants import VARIANTS
@@ -41,8 +41,6 @@ class Fold:
         """Refuse a fold whose result cannot be computed, or would not be finite although the weight is."""
         if self.weight.is_meta:
             raise MergeError(f"{self.name}: its weight is on the meta device or offloaded; load it first.")
-        if self.weight.is_inference() and not torch.is_inference_mode_enabled():
-            raise MergeError(f"{self.name}: its weight was made under torch.inference_mode; call merge inside of it.")
         if not stays_finite(self.weight, [(b.variant, values) for _, blocks in self.parts for b, values in blocks]):
             self.merged()
 
@@ -68,11 +66,13 @@ class Fold:
 
     def write(self, stored: Tensor, scratch: Scratch | None = None) -> None:
         """Fold every part into `stored`, which holds the base weight."""
-        whole = stored.contiguous()
-        for view, blocks in self.parts:
-            fold_in_place(take_view(whole, view), [(block.variant, values) for block, values in blocks], scratch)
-        if whole is not stored:
-            stored.copy_(whole)
+        scratch = None if stored.is_inference() else scratch  # what is made for it cannot be written elsewhere
+        with writing(stored):
+            whole = stored.contiguous()
+            for view, blocks in self.parts:
+                fold_in_place(take_view(whole, view), [(block.variant, values) for block, values in blocks], scratch)
+            if whole is not stored:
+                stored.copy_(whole)
 
 
 class Host(abc.ABC):
@@ -280,6 +280,6 @@ def write_copies(owner: nn.Module, names: Sequence[str], keep: bool, undo: Undo)
                 owner._parameters[tensor] = nn.Parameter(trained.detach().clone(), requires_grad=False)
             else:
                 base, written = undo.remember(owner, base), base
-                written.copy_(trained)
+                write(written, trained)
             if keep:
                 state.kept[tensor] = Kept(base, fingerprint(trained))

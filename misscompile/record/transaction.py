@@ -60,7 +60,7 @@ class Undo:
     def remember(self, owner: nn.Module, tensor: Tensor) -> Tensor:
         """A copy of a tensor of `owner` that is written next."""
         values = tensor.detach().clone()
-        self.add(owner, functools.partial(tensor.detach().copy_, values))
+        self.add(owner, functools.partial(write, tensor, values))
         return values
 
     def exchange(self, owner: nn.Module, one: Tensor, other: Tensor) -> None:
@@ -135,12 +135,24 @@ def swap_kept(owner: nn.Module, undo: Undo) -> None:
             owner._parameters[name] = kept.value
 
 
-@torch.no_grad()
 def exchange(one: Tensor, other: Tensor) -> None:
     """Exchange the values of two tensors in place."""
     values = one.detach().clone()
-    one.copy_(other)
-    other.copy_(values)
+    write(one, other)
+    write(other, values)
+
+
+def write(tensor: Tensor, values: Tensor) -> None:
+    """Overwrite a tensor in place."""
+    with writing(tensor):
+        tensor.copy_(values)
+
+
+@contextlib.contextmanager
+def writing(tensor: Tensor) -> Iterator[None]:
+    """Let the body write to `tensor` in place: one that was made under `torch.inference_mode` is written under it alone."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager

@@ -124,11 +124,13 @@ def _trained_in_full(
     found: dict[nn.Module, tuple[str, ...]] = {}
     for module, module_name in host.canonical.items():
         names: list[str] = []
+        parameters = list(module._parameters.keys())  # that of a scripted module iterates by index
         if module in whole:
-            names += module._parameters
+            names += parameters
             names += (name for name in module._buffers if name not in module._non_persistent_buffers_set)
         else:
-            names += (n for n in module._parameters if n in biases.get(module, ()) or (config.bias == "all" and "bias" in n))
+            every, own = config.bias == "all", biases.get(module, ())
+            names += (name for name in parameters if name in own or (every and "bias" in name))
         ours = vars(module)[STATE].all_registered() if STATE in vars(module) else ()
         names = [name for name in names if getattr(module, name) is not None and name not in ours]
         if names:

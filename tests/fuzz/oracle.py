@@ -136,7 +136,8 @@ def _target(owner: str, modules: set[str]) -> tuple[str, Any]:
     if last in ("q", "k", "v"):
         index = "qkv".index(last)
         return f"{parent}.in_proj_weight", lambda form, stored: (index * len(stored) // 3, (index + 1) * len(stored) // 3)
-    if last.startswith("part"):
-        return parent.removesuffix("#"), lambda form, stored: form.parts[int(last[4:])]
+    held, _, part = last.partition("#")
+    if part.startswith("part"):
+        return f"{parent}.{held}".lstrip("."), lambda form, stored: form.parts[int(part[4:])]
     name = owner.removesuffix("#")
     return (f"{name}.weight".lstrip(".") if name in modules else name), None
