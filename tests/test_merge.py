@@ -349,7 +349,7 @@ def test_a_result_that_surely_stays_finite_is_computed_once(keep_adapters: bool,
     assert folded == [model.up.weight.data_ptr(), model.down.weight.data_ptr()]  # in place
 
 
-def test_an_interrupt_waits_until_the_module_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_waits_until_the_model_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(weight: Tensor, updates: Any, scratch: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         fold_in_place(weight, updates, scratch)
@@ -364,11 +364,7 @@ def test_an_interrupt_waits_until_the_module_is_merged(monkeypatch: pytest.Monke
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert type(model.up) is nn.Linear
-    assert hasattr(model.down, "miss_block_default")
-    assert max_error(model(x), y) < 1e-12
-    monkeypatch.undo()
-    mc.merge(model)
+    assert type(model.up) is type(model.down) is nn.Linear
     assert max_error(model(x), y) < 1e-12
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from misscompile.errors import MergeError
-from misscompile.kernels import Scratch, fold_in_place, is_finite, stays_finite
+from misscompile.kernels import Scratch, fold_in_place, is_finite, reserve, stays_finite
 from misscompile.passes.weight_paths import take_view
 from misscompile.record.state import STATE, Kept, OwnerState, base_tensor, copy_name, fingerprint
 from misscompile.record.transaction import Undo, write, writing
@@ -73,6 +73,28 @@ class Fold:
                 fold_in_place(take_view(whole, view), [(block.variant, values) for block, values in blocks], scratch)
             if whole is not stored:
                 stored.copy_(whole)
+
+    def prepare(self, scratch: Scratch) -> Callable[[], None]:
+        """What writes the result over the weight, with all the memory for it taken: a write in place cannot be undone."""
+        stored = self.weight.detach()
+        if not stored.is_contiguous():
+            return functools.partial(write, stored, self.merged(scratch))
+        scratch = {} if stored.is_inference() else scratch  # what is made for it cannot be written elsewhere
+        with writing(stored):
+            views = [take_view(stored, view) for view, _ in self.parts]
+            updates = [[(block.variant, values) for block, values in blocks] for _, blocks in self.parts]
+            ready = [(view, reserve(view, found, scratch)) for view, found in zip(views, updates, strict=True)]
+
+        def finish() -> None:
+            with writing(stored):
+                for view, found in ready:
+                    fold_in_place(view, found, scratch)
+
+        return finish
+
+
+LastWrite = tuple[list[nn.Module], Callable[[], None]]
+"""Modules, and what writes the weight that they share."""
 
 
 class Host(abc.ABC):
@@ -177,8 +199,11 @@ class Host(abc.ABC):
         """
 
     @abc.abstractmethod
-    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> None:
-        """Put the merged weights, and the copies that the adapters trained in full, in the place of the base's."""
+    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> list[LastWrite]:
+        """Put the merged weights, and the copies that the adapters trained in full, in the place of the base's.
+
+        Returns what can neither be undone nor fail for want of memory, for the caller to do last.
+        """
 
 
 def is_adapter_part(name: str, layer: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from misscompile.errors import MergeError, StateError, UnsupportedModuleError
-from misscompile.hosts.base import Fold, Host, Part, check_staying, has_attribute, is_adapter_part, write_copies
+from misscompile.hosts.base import Fold, Host, LastWrite, Part, check_staying, has_attribute, is_adapter_part, write_copies
 from misscompile.hosts.graph_parts import call_owner, home_of, other_name, require_container
 from misscompile.hosts.owner_class import before_and_after, finish_owner, refresh_owner
 from misscompile.hosts.whole_graph import WholeGraph, base_scope, change_record, copy_nodes, record_of
@@ -229,7 +229,7 @@ class GraphHost(Host):
             self._check_uses(fold, adapted)
         return list(folds.values())
 
-    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> None:
+    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> list[LastWrite]:
         scratch: Scratch = {}
         merged = [(fold, nn.Parameter(fold.merged(scratch), requires_grad=False)) for fold in folds]
         for fold, parameter in merged:
@@ -243,6 +243,7 @@ class GraphHost(Host):
             if any(n in state.copies or n in state.blocks for n in names):
                 write_copies(owner, names, keep, undo)
                 finish_owner(owner, names, name, keep)
+        return []
 
     def _unshare(self, folds: Sequence[tuple[Fold, nn.Parameter]], keep: bool) -> None:
         """Let each call read a merged weight of its own, registered beside the weight that the calls had in common."""

@@ -11,7 +11,17 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from misscompile.errors import MergeError
-from misscompile.hosts.base import Fold, Host, Part, Users, check_staying, has_attribute, is_adapter_part, write_copies
+from misscompile.hosts.base import (
+    Fold,
+    Host,
+    LastWrite,
+    Part,
+    Users,
+    check_staying,
+    has_attribute,
+    is_adapter_part,
+    write_copies,
+)
 from misscompile.hosts.owner_class import (
     REWRITE,
     before_and_after,
@@ -24,7 +34,7 @@ from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import linear_shape, other_readers
 from misscompile.passes.trace import probe_opaque
 from misscompile.record.state import STATE, Kept, OwnerState, base_class_of, fingerprint
-from misscompile.record.transaction import Undo, deferred_interrupt
+from misscompile.record.transaction import Undo
 from misscompile.record.walk import named_modules, owners
 from misscompile.record.words import Block, Refusal, Scope, Site, Target
 from misscompile.variants import VARIANTS
@@ -220,15 +230,15 @@ class ModuleHost(Host):
         parts: list[Part] = [(path.view, [(block, owner.get_parameter(block.parameter)) for block in blocks])]
         return Fold(name, self.stored_weight(name, scope.sites[0]), parts, dict(group))
 
-    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> None:
+    def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> list[LastWrite]:
         scratch: Scratch = {}
-        for fold in folds:
-            _write_fold(fold, names, keep, scratch, undo)
+        last = [write for fold in folds for write in _write_fold(fold, names, keep, scratch, undo)]
         for name, owner in owners(self.root).items():
             state: OwnerState = vars(owner)[STATE]
             if not state.in_graph and not state.merged and any(n in state.copies for n in names):
                 write_copies(owner, names, keep, undo)
                 finish_owner(owner, names, name, keep)
+        return last
 
 
 def output_embedding_names(root: nn.Module) -> set[str]:
@@ -274,24 +284,23 @@ def _is_scripted_linear(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _write_fold(fold: Fold, names: Sequence[str], keep: bool, scratch: Scratch, undo: Undo) -> None:
-    """Merge into one weight. Without a copy to keep, the write is the last step, and it stays whatever comes next."""
-    first = next(iter(fold.owners.values()))
-    merged = fold.merged() if parametrize.is_parametrized(first, "weight") else None
+def _write_fold(fold: Fold, names: Sequence[str], keep: bool, scratch: Scratch, undo: Undo) -> list[LastWrite]:
+    """Merge into one weight, and return the write in place where nothing keeps the base's values."""
+    modules, last = list(fold.owners.values()), list[LastWrite]()
     if keep:
-        kept = undo.remember(first, fold.weight)
+        kept = undo.remember(modules[0], fold.weight)
         fold.write(fold.weight.detach(), scratch)
-        vars(first)[STATE].kept["weight"] = Kept(kept, fingerprint(fold.weight))
+        vars(modules[0])[STATE].kept["weight"] = Kept(kept, fingerprint(fold.weight))
+    elif parametrize.is_parametrized(modules[0], "weight"):
+        merged = fold.merged()
+    else:
+        last = [(modules, fold.prepare(scratch))]
     for name, owner in fold.owners.items():
         write_copies(owner, names, keep, undo)
         finish_owner(owner, names, name, keep)
-    if not keep:
-        with deferred_interrupt():
-            if merged is None:
-                fold.write(fold.weight.detach(), scratch)
-            else:
-                _replace_weight(first, merged, undo)
-            undo.settle(list(fold.owners.values()))
+    if not keep and not last:
+        _replace_weight(modules[0], merged, undo)
+    return last
 
 
 def _replace_weight(owner: nn.Module, merged: Tensor, undo: Undo) -> None:

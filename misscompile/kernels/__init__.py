@@ -6,7 +6,7 @@ dtype, size and mode (autocast, a later `.half()`, decoding) are known only then
 
 from misscompile.kernels.bat import add_bat, bat_linear
 from misscompile.kernels.dropout import dropout
-from misscompile.kernels.fold import Scratch, fold_in_place, is_finite, stays_finite
+from misscompile.kernels.fold import Scratch, fold_in_place, is_finite, reserve, stays_finite
 from misscompile.kernels.shards import add_update, features_first, features_last, sum_shards
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "features_last",
     "fold_in_place",
     "is_finite",
+    "reserve",
     "stays_finite",
     "sum_shards",
 ]

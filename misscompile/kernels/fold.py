@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from misscompile.kernels.device import fold_parts
-from misscompile.variants import VARIANTS
+from misscompile.variants import VARIANTS, Variant
 
 Update = tuple[str, Tensor]
 """A key of `VARIANTS`, and a block."""
@@ -25,18 +25,13 @@ def fold_in_place(weight: Tensor, updates: Sequence[Update], scratch: Scratch | 
 
     Each ΔW is computed from the base weight, so that their order does not matter. It works part by part, on rows that stay
     in the cache. The folds of one merge share their `scratch`: the first touch of a page costs more than the sums in it.
+    All memory is taken before the first write: where there is none, the weight is whole. With updates and a scratch from
+    `reserve` none is taken at all.
     """
-    dtypes = [weight.dtype, *(block.dtype for _, block in updates)]
-    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    blocks = [(VARIANTS[variant], VARIANTS[variant].laid_out(block.detach().to(wide))) for variant, block in updates]
-    step = math.lcm(*(variant.row_step(block) for variant, block in blocks))
-    count = math.ceil(len(weight) / fold_parts(weight) / step) * step
-    size = min(count, len(weight)), weight.shape[1]
-    # all memory is taken before the first write: where there is none, the weight is whole
-    take = functools.partial(_take, {} if scratch is None else scratch, size, wide, weight.device)
-    summed = take("summed") if weight.dtype != wide or len(blocks) > 1 else None
-    origin = take("origin") if any(variant.reads_weight for variant, _ in blocks) else None
-    product = None if origin is None else take("product")
+    scratch = {} if scratch is None else scratch
+    blocks = [(VARIANTS[variant], block) for variant, block in reserve(weight, updates, scratch)]
+    count, memory = _rows_at_a_time(weight, blocks), _memory(weight, blocks, scratch)
+    summed, origin, product = (memory.get(use) for use in ("summed", "origin", "product"))
     for start in range(0, len(weight), max(count, 1)):
         part = weight[start : start + count]
         merged = part if summed is None else summed[: len(part)].copy_(part)
@@ -48,11 +43,31 @@ def fold_in_place(weight: Tensor, updates: Sequence[Update], scratch: Scratch | 
             part.copy_(merged)
 
 
-def _take(scratch: Scratch, size: tuple[int, int], dtype: torch.dtype, device: torch.device, use: str) -> Tensor:
-    key, count = (use, dtype, device), math.prod(size)
-    if key not in scratch or scratch[key].numel() < count:
-        scratch[key] = torch.empty(count, dtype=dtype, device=device)
-    return scratch[key][:count].view(size)
+@torch.no_grad()
+def reserve(weight: Tensor, updates: Sequence[Update], scratch: Scratch) -> list[Update]:
+    """Take the memory that folding these updates into `weight (out, in)` needs; the updates as the fold reads them."""
+    dtypes = [weight.dtype, *(block.dtype for _, block in updates)]
+    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    blocks = [(VARIANTS[variant], VARIANTS[variant].laid_out(block.detach().to(wide))) for variant, block in updates]
+    _memory(weight, blocks, scratch)
+    return [(variant, block) for (variant, _), (_, block) in zip(updates, blocks, strict=True)]
+
+
+def _rows_at_a_time(weight: Tensor, blocks: Sequence[tuple[Variant, Tensor]]) -> int:
+    step = math.lcm(*(variant.row_step(block) for variant, block in blocks))
+    return math.ceil(len(weight) / fold_parts(weight) / step) * step
+
+
+def _memory(weight: Tensor, blocks: Sequence[tuple[Variant, Tensor]], scratch: Scratch) -> dict[str, Tensor]:
+    """What a fold writes to beside the weight, by use: the wider sum, and for bat the base and its product."""
+    dtype = blocks[0][1].dtype if blocks else weight.dtype
+    size = (min(_rows_at_a_time(weight, blocks), len(weight)), weight.shape[1])
+    uses = ["summed"] if weight.dtype != dtype or len(blocks) > 1 else []
+    uses += ["origin", "product"] if any(variant.reads_weight for variant, _ in blocks) else []
+    for use in uses:
+        if (key := (use, dtype, weight.device)) not in scratch or scratch[key].numel() < math.prod(size):
+            scratch[key] = torch.empty(math.prod(size), dtype=dtype, device=weight.device)
+    return {use: scratch[use, dtype, weight.device][: math.prod(size)].view(size) for use in uses}
 
 
 @torch.no_grad()

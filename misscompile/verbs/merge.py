@@ -24,7 +24,7 @@ from misscompile.hosts.opening import (
 from misscompile.hosts.owner_class import check_classes, remove_from_owner, restore_owner
 from misscompile.hosts.recover import holds_exported_adapters
 from misscompile.record.state import STATE, is_current
-from misscompile.record.transaction import transaction
+from misscompile.record.transaction import deferred_interrupt, transaction
 from misscompile.record.walk import (
     adapters_of,
     check_enabled,
@@ -61,9 +61,8 @@ def merge(
             train one tensor in full.
         UnknownAdapterError: a name is not on the model.
 
-    Whatever else it raises, the model is as it was. There is one exception, since there is no second copy of the weights
-    then: on a module tree and without `keep_adapters`, each module is either merged and plain or still adapted. The model
-    computes the same, and merging again finishes it.
+    Whatever else it raises, the model is as it was. A module tree's weights are written in place, without a second copy to
+    go back to: that is the last step, with all its memory taken before, and Ctrl-C waits for its end.
     """
     exported = holds_exported_adapters(model)
     root = open_adapted(model, "merge")
@@ -84,9 +83,12 @@ def merge(
         for name, owner in adapted.items():
             if removed:
                 remove_from_owner(owner, removed, name)
-        for host, planned in zip(hosts, folds, strict=True):
-            host.write_folds(planned, names, keep_adapters, undo)
+        found = [host.write_folds(planned, names, keep_adapters, undo) for host, planned in zip(hosts, folds, strict=True)]
         refresh_graphs(root)
+        with deferred_interrupt():
+            for modules, write in itertools.chain(*found):
+                write()
+                undo.settle(modules)
     return root if exported else model  # type: ignore[return-value]
 
 
