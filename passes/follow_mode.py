@@ -108,9 +108,8 @@ def _mode_of(node: fx.Node) -> bool | None:
         acts = given[_STATISTICS] is not None
     else:
         rates = [given[name] for name in _RATES if name in given]
-        drops = (
-            draws or operator is None or operator.namespace != "aten"
-        )  # a function that is not torch's has its flag for a reason
+        # a function that is not torch's has its flag for a reason
+        drops = draws or operator is None or operator.namespace != "aten"
         acts = drops and all(isinstance(rate, int | float) and rate != 0 for rate in rates)
     return flag if acts and isinstance(flag, bool) else None
 
