@@ -476,10 +476,11 @@ def test_parts_of_a_bare_parameter_and_a_root_linear_are_sites_to_every_verb(
 ) -> None:
     base, x = make(), torch.randn(3, 8, dtype=torch.float64)
     plain = base(x)
-    model = fill_blocks(mc.adapt(trace(base), {"r": 2, "target_modules": "all-linear"}), 0.5)
+    model = fill_blocks(mc.adapt(trace(base), {"r": 2, "target_modules": "all-linear", "bias": "MiSS_only"}), 0.5)
     adapted = model(x)
     assert max_error(adapted, plain) > 0.1
-    assert len(mc.trainable_parameters(model)) == (1 if isinstance(base, nn.Linear) else 2)
+    assert len(mc.trainable_parameters(model)) == 2  # two parts, or a block and a bias
+    assert mc.dump(model).count("balance") == len(blocks_of(model))
     mc.save_adapter(model, tmp_path)
     assert torch.equal(mc.load_adapter(trace(base), tmp_path)(x), adapted)
     mc.merge(model, keep_adapters=True)

@@ -183,7 +183,12 @@ class GraphHost(Host):
     def sites_of(self, owner: str) -> list[Site]:
         if (call := self._call_of(owner)) is not None:
             return [call]
-        return self.calls[owner if owner in self.calls else owner.removesuffix("#")]
+        return self.calls[owner if owner in self.calls else self._homes[owner]]
+
+    @functools.cached_property
+    def _homes(self) -> dict[str, str]:
+        """By the module that holds the block of all its calls, each site's name."""
+        return {home_of(self.root, name): name for name in self.calls}
 
     def _call_of(self, owner: str) -> Site | None:
         """The call that an owner is of, where each call of the weight has one."""

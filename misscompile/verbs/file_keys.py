@@ -126,6 +126,7 @@ def _find_tensors(host: Host, keys: Keys, entries: Sequence[Entry]) -> Iterator[
         return
     own = {host.modules[name] for name in keys.blocks if name in host.modules}
     adapted = {name for name, module in host.modules.items() if module in own}
+    adapted |= {strip_key(entry.key).rpartition(".")[0] for entry in keys.blocks.values()}  # in a graph, homes come later
     plain, known = dict[str, Held](), dict[str, Held]()
     for name, module in host.modules.items():
         for tensor in (*module._parameters, *module._buffers):
