@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from misscompile.passes.linear_calls import LinearCall, match_linear, target_name
 from misscompile.passes.owner_names import PROJECTIONS, owner_name, stack_name
 from misscompile.passes.weight_paths import WeightError, trace_weight, weight_view
+from misscompile.record.state import can_train
 from misscompile.record.words import Refusal, Scope
 
 aten = torch.ops.aten
@@ -98,7 +99,7 @@ def gradient_stop(node: fx.Node) -> str | None:
             if user.op == "output":
                 return None
             value = user.meta.get("val")
-            stopped = user.target in _GRADIENT_STOPS or (isinstance(value, Tensor) and not value.is_floating_point())
+            stopped = user.target in _GRADIENT_STOPS or (isinstance(value, Tensor) and not can_train(value))
             if stopped:
                 stops.append(user)
             elif user not in seen:

@@ -39,6 +39,12 @@ BASE_FORWARD = "miss_base_forward"
 Shape = tuple[int, int]
 """`(in_features, out_features)`."""
 
+_UNTRACEABLE = (
+    *(TypeError, ValueError, AttributeError, LookupError),
+    *(ArithmeticError, AssertionError, NameError, RuntimeError),
+)
+"""What code raises that cannot compute with a proxy, `torch.fx.proxy.TraceError` among them."""
+
 
 class _OwnerTracer(fx.Tracer):
     """Keeps every child module as one `call_module` node: only the owner's own forward is rewritten."""
@@ -82,13 +88,15 @@ def opaque_scope(
 def call_opaque(
     forward: Callable[..., Any], out_features: int, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """`forward(x, *args, **kwargs)`; an error where it returns something that no update can be added to."""
+    """`forward(x, *args, **kwargs)`; an error where it returns something that no update, which is real, can be added to."""
     owner = getattr(forward, "__self__", None)
     y = forward(x, *args, **kwargs)
-    if isinstance(y, torch.Tensor) and y.dim() > 0 and y.shape[-1] == out_features:
+    if isinstance(y, torch.Tensor) and y.dim() > 0 and y.shape[-1] == out_features and not y.is_complex():
         return y
     kind = type(owner).__name__ if owner is not None else "module"
-    found = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
+    found = f"a {type(y).__name__}"
+    if isinstance(y, torch.Tensor):
+        found = f"a {'complex ' if y.is_complex() else ''}tensor of shape {tuple(y.shape)}"
     raise UnsupportedModuleError(
         f"an adapted {kind} should return a tensor whose last dimension is {out_features}, found {found}: exclude it from "
         "target_modules."
@@ -163,7 +171,9 @@ def _trace(
         return hazard
     try:
         graph = _OwnerTracer().trace(_shadow(base_class, owner))
-    except Exception as error:  # noqa: BLE001 - a tracer runs arbitrary code: whatever it raises means "cannot be traced"
+    except torch.OutOfMemoryError:  # a RuntimeError, of the machine and not of the code
+        raise
+    except _UNTRACEABLE as error:
         return f"its forward cannot be traced ({type(error).__name__})"
     own = (*owner._parameters, *owner._buffers)
     if any(node.op == "get_attr" and node.target not in own for node in graph.nodes):

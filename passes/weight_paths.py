@@ -97,6 +97,9 @@ def trace_weight(weight: fx.Node, root: nn.Module) -> WeightPath:
     if source is None:
         raise WeightError(f"its weight is computed by {_label(weight)}, so that a block could not be merged into it")
     path = trace_weight(source, root)
+    other = next((dtype for dtype in _dtypes(weight) if not dtype.is_floating_point), None)
+    if other is not None:
+        raise WeightError(f"its weight is read as {other} by {_label(weight)}, and an update is real and floating-point")
     if weight.target in _CASTS or weight.args[1:] == ("data",):
         return path
     current = weight_view(root, path)
@@ -137,6 +140,13 @@ def _source(node: fx.Node) -> fx.Node | None:
     attribute = node.target is getattr and node.args[1:] in (("T",), ("data",))
     part = node.target is operator.getitem and all(isinstance(index, slice) for index in as_tuple(node.args[1]))
     return source if attribute or part or node.target in _CASTS or node.target in _VIEWS else None
+
+
+def _dtypes(node: fx.Node) -> Iterator[torch.dtype]:
+    """The dtypes that a cast or view names, and that of its result where the graph knows it."""
+    value = node.meta.get("val")
+    named = (*node.args, *node.kwargs.values(), value.dtype if isinstance(value, Tensor) else None)
+    return (dtype for dtype in named if isinstance(dtype, torch.dtype))
 
 
 def _evaluate(node: fx.Node, current: Tensor) -> Tensor:

@@ -189,6 +189,29 @@ def sparse() -> nn.Module:
     return model
 
 
+class ScaledComplex(nn.Linear):
+    """A linear over complex numbers that stays one node."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias).real * self.scale
+
+
+class Rotated(nn.Linear):
+    """A linear with real weights that returns complex numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) * 1j * self.scale
+
+
+def of_integers() -> nn.Module:
+    model = chain(nn.Linear)()
+    model[0].weight = nn.Parameter(torch.ones(4, 6, dtype=torch.int32), requires_grad=False)  # type: ignore[index]
+    return model
+
+
 def scripted() -> nn.Module:
     return nn.Sequential(torch.jit.script(nn.Linear(6, 4)), nn.Linear(4, 6))
 
@@ -258,6 +281,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "no outputs": lambda: nn.Sequential(nn.Linear(6, 0), nn.Linear(6, 4)),
     "no inputs": lambda: nn.Sequential(nn.Linear(0, 6), nn.Linear(6, 4)),
     "sparse": sparse,
+    "complex": lambda: nn.Sequential(nn.Linear(6, 4, dtype=torch.complex64), nn.Linear(4, 6)),
+    "scaled complex": chain(ScaledComplex, scale=2.0),
+    "rotated": chain(Rotated, scale=2.0),
+    "integers": of_integers,
     "scripted": scripted,
     "scripted whole": lambda: torch.jit.script(nn.Linear(6, 4)),
     "made under inference_mode": in_inference_mode,
@@ -290,6 +317,10 @@ REFUSED: dict[str, tuple[str, str, str, list[str]]] = {
     "no outputs": ("no outputs", "0", "it has no outputs", ["1"]),
     "no inputs": ("no inputs", "0", "it has no inputs", ["1"]),
     "sparse": ("sparse", "0", "its weight is sparse (torch.sparse_csr); make it dense first", ["1"]),
+    "complex": ("complex", "0", "its weight is torch.complex64, and an update is real", ["1"]),
+    "scaled complex": ("scaled complex", "0", "its weight is torch.complex64, and an update is real", ["1"]),
+    "rotated": ("rotated", "0", "last dimension is 4, found a complex tensor of shape (2, 4)", ["1"]),
+    "integers": ("integers", "0", "its weight is torch.int32, and an update is real and floating-point", ["1"]),
     "scripted": ("scripted", "0", "it is compiled by TorchScript; adapt the module before scripting it", ["1"]),
     "fused experts": (
         "Mixtral",

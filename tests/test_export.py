@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from support import VARIANTS, blocks_of, fields, fill_blocks, graph_list, max_error, run, with_deltas
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from zoo import normal, tiny_bert, token_batch, two_linears
 
 import misscompile as mc
@@ -126,12 +126,14 @@ class Square(nn.Module):
 @pytest.mark.parametrize("shape", [(3, 12), (2, 5, 12)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("init_weights", VARIANTS)
+@pytest.mark.parametrize("trace", ["traced", "captured"])
 def test_a_decomposed_program_is_merged(
-    init_weights: Any, dtype: torch.dtype, tolerance: float, shape: tuple[int, ...]
+    trace: str, init_weights: Any, dtype: torch.dtype, tolerance: float, shape: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
     plain, x = Square().to(dtype).eval(), normal(*shape).to(dtype)
-    graph = fill_blocks(mc.adapt(mc.capture(plain, (x,)), fields(init_weights)), std=0.2)
+    graph = fx.symbolic_trace(plain) if trace == "traced" else mc.capture(plain, (x,))
+    graph = fill_blocks(mc.adapt(graph, fields(init_weights)), std=0.2)
     rows = ({0: torch.export.Dim("rows", min=2, max=9)},)
     program, base = (torch.export.export(m, (x,), dynamic_shapes=rows).run_decompositions() for m in (graph, plain))
     wanted = run(with_deltas(plain.double(), graph, default=init_weights), x.double())

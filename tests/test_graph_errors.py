@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import TRACERS, blocks_of, fill_blocks, max_error, snapshot
+from support import TRACERS, blocks_of, fill_blocks, max_error, says, snapshot
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import IN, OUT, TwoLinears, captured, holder, tiny_llama, token_batch
@@ -54,6 +54,50 @@ def test_passes_over_what_all_linear_cannot_adapt_and_tells_it() -> None:
     assert list(blocks_of(adapted)) == ["good.miss_block_default"]
     with pytest.raises(mc.UnsupportedModuleError, match="stack of fused weights"):
         mc.adapt(graph, {"r": 2, "target_modules": ["good", "experts"]})
+
+
+class Read(nn.Module):
+    """One linear weight, read in another dtype or in its own."""
+
+    def __init__(self, stored: torch.dtype, read: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(OUT, IN, dtype=stored), requires_grad=False)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if self.read is None else self.weight.to(self.read))
+
+
+class Around(nn.Module):
+    def __init__(self, proj: nn.Module) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.proj(x)
+        return y
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize(
+    ("stored", "read", "told"),
+    [
+        (torch.complex64, None, "its weight is torch.complex64, and an update is real and floating-point..."),
+        (torch.int8, None, "its weight is torch.int8, and an update is real and floating-point..."),
+        (torch.int8, torch.float64, "its weight is torch.int8, and an update is real and floating-point..."),
+        (torch.float32, torch.complex64, "its weight is read as torch.complex64 by 'to' (...), and an update is real..."),
+    ],
+    ids=["complex", "integers", "integers read as floats", "read as complex"],
+)
+def test_refuses_a_weight_that_is_or_becomes_no_real_floating_point_number(
+    tracer: str, stored: torch.dtype, read: torch.dtype | None, told: str
+) -> None:
+    graph = TRACERS[tracer](Around(Read(stored, read)), torch.ones(3, IN, dtype=read or stored))
+    before = snapshot(graph)
+    with pytest.raises(mc.UnsupportedModuleError) as error:
+        mc.adapt(graph, PROJ)
+    assert says(error.value, f"...proj (...): {told}")
+    assert snapshot(graph) == before
 
 
 class Tied(nn.Module):

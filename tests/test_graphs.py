@@ -489,3 +489,18 @@ def test_parts_of_a_bare_parameter_and_a_root_linear_are_sites_to_every_verb(
     assert torch.equal(model(x), adapted)
     assert max_error(mc.merge(copy.deepcopy(model))(x), adapted) < 1e-12
     assert max_error(mc.unload(model)(x), plain) < 1e-12
+
+
+@pytest.mark.parametrize("change", [lambda weight: weight, lambda weight: weight.bfloat16()], ids=["as it is", "bfloat16"])
+@pytest.mark.parametrize("trace", [fx.symbolic_trace, lambda model: mc.capture(model, (X,))], ids=["traced", "captured"])
+def test_bat_of_a_graph_is_exact_on_a_weight_that_a_load_assigns(trace: Any, change: Any) -> None:
+    """In 16 bits, one product with the rounded `W + ΔW` would give zero: the update is below half a unit."""
+    model = nn.Sequential(nn.Linear(12, 8, bias=False)).double()
+    nn.init.ones_(model[0].weight)
+    graph = fill_blocks(mc.adapt(trace(model), fields("bat", target_modules=["0"])), std=1e-5)
+    values = {name: value if "miss" in name else change(value) for name, value in graph.state_dict().items()}
+    graph.load_state_dict(values, assign=True)
+    weight, x = graph.get_parameter("0.weight").detach(), torch.tensor([[1.0, -1.0] * 6], dtype=torch.float64)
+    expected = x @ reference_delta("bat", graph.get_parameter("0.miss_block_default"), weight).t().double()
+    assert float(expected.abs().max()) > 1e-6
+    assert max_error(graph(x.to(weight.dtype)), expected) < 0.02 * float(expected.abs().max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import signal
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -149,9 +150,7 @@ def test_a_weight_that_a_module_outside_uses_is_refused() -> None:
     model = TwoLinears()
     model.tied = nn.Linear(12, 8)
     model.tied.weight = model.up.weight
-    with pytest.warns(
-        mc.MissWarning, match=r"up shares its weight with tied\.weight: the adapter acts on this module alone"
-    ):
+    with pytest.warns(mc.MissWarning, match=r"up shares its weight with tied\.weight: its block acts on this module alone"):
         mc.adapt(model, mc.MissConfig(r=4, target_modules=["up", "down"]))
     before = base_weight(fill_blocks(model).up).detach().clone()
     with pytest.raises(
@@ -286,6 +285,30 @@ def test_what_lies_in_the_memory_of_a_weight_stays_or_the_merge_is_refused(
         assert picture(model, x) == before
     else:
         assert max_error(mc.merge(model)(x), y) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("tie", "others"),
+    [
+        (_tie_by_object, []),
+        (_cut_rows, []),
+        (_tie_by_data, ["b.weight", "a.weight"]),
+        (_overlap_rows, ["b.weight", "a.weight"]),
+        (_tie_embedding, ["embed.weight"]),
+        (_tie_buffer, ["cache"]),
+    ],
+)
+def test_adapt_tells_of_every_share_of_a_weight_that_merge_will_refuse(tie: Any, others: list[str]) -> None:
+    pair = _Pair().double()
+    tie(pair)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _one_adapter(pair)
+    told = "...{} shares its weight with {}: its block acts on this module alone, and merge will refuse until..."
+    assert [
+        says(warning.message, told.format(name, other)) for warning, name, other in zip(caught, "ab", others, strict=False)
+    ] == [True] * len(others)
+    assert len(caught) == len(others)
 
 
 def _captured(model: nn.Module) -> fx.GraphModule:

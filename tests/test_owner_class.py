@@ -134,6 +134,43 @@ def test_a_linear_whose_first_base_is_no_module_is_adapted_copied_and_unloaded(k
         assert type(each[0]) is kind
 
 
+class Named(nn.Linear):
+    """Has names of its own that a class made from it might take too."""
+
+    scope, graph, blocks, rewrite, base = "scope", "graph", "blocks", "rewrite", "base"
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.base_forward(input) + len(self.scope)
+
+
+class Renamed(Named):
+    """The same, with a forward that is traced."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias) + 5
+
+
+@pytest.mark.parametrize("route", ["module", "captured"])
+@pytest.mark.parametrize(
+    ("kind", "init_weights"),
+    [(kind, value) for kind in (Named, Renamed) for value in VARIANTS if (kind, value) != (Named, "bat")],
+)
+def test_a_linear_keeps_its_class_attributes_and_methods_of_any_name(kind: Any, init_weights: Any, route: str) -> None:
+    model, x = nn.Sequential(kind(12, 8).double()), X.double()
+    base, owner = model(x), model[0]
+    config = UP | {"target_modules": ["0"], "init_weights": init_weights}
+    changed = fill_blocks(mc.adapt(model if route == "module" else mc.capture(model, (x,)), config), std=0.3)
+    delta = reference_delta(init_weights, changed.get_parameter("0.miss_block_default"), base_weight(owner))
+    assert max_error(changed(x), base + x @ delta.t()) < 1e-12
+    for name in ("scope", "graph", "blocks", "rewrite", "base"):
+        assert getattr(owner, name) == getattr(type(owner), name) == name
+    if route == "captured" or kind is Renamed:  # what is opaque is not merged
+        assert max_error(mc.merge(changed)(x), base + x @ delta.t()) < 1e-12
+
+
 def test_states_seen_before_are_given_the_same_class_again() -> None:
     model = mc.adapt(TwoLinears(), UP)
     assert type(model.down) is nn.Linear

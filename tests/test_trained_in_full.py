@@ -106,6 +106,34 @@ def test_what_is_trained_in_full_starts_at_the_base_and_trains(case: str) -> Non
     assert all(torch.equal(after[name], value) for name, value in base.items())
 
 
+class Spectrum(nn.Module):
+    """A real linear and a complex one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(12, 8), nn.Linear(8, 5, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(x).to(torch.complex64)).abs()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("route", ["module", "captured"])
+def test_a_complex_module_to_save_trains_and_is_saved_loaded_and_merged(route: str, tmp_path: Path) -> None:
+    make = seeded(Spectrum) if route == "module" else lambda: mc.capture(seeded(Spectrum)(), (X,))
+    model = mc.adapt(make(), {"r": 4, "target_modules": ["up"], "modules_to_save": ["head"]})
+    assert len(mc.trainable_parameters(model)) == 3
+    before = run(model, X)
+    mc.set_adapter(model, "default")
+    train_step(shake(model), X)
+    expected = run(model, X)
+    assert max_error(expected, before) > 1e-2
+    mc.save_adapter(model, tmp_path)
+    assert torch.equal(run(mc.load_adapter(make(), tmp_path), X), expected)
+    assert max_error(run(mc.merge(model), X), expected) < 1e-5
+    head = model.get_parameter("head.weight")
+    assert max_error(head.imag, seeded(Spectrum)().head.weight.imag) > 1e-2
+
+
 @cases
 @pytest.mark.parametrize("end", [mc.unload, lambda model: mc.delete_adapter(model, "default")], ids=["unload", "delete"])
 def test_the_names_stay_and_disable_and_unload_restore_every_bit(case: str, end: Callable[[nn.Module], Any]) -> None:

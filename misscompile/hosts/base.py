@@ -234,7 +234,7 @@ class Users:
 
     def __init__(self, root: nn.Module) -> None:
         self._held: dict[int, list[tuple[nn.Module, str, str, Tensor]]] = {}
-        for module_name, module in root.named_modules():
+        for module_name, module in named_modules(root).items():
             for held, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     entry = module, held, join(module_name, held), tensor
@@ -248,7 +248,7 @@ class Users:
 def _storage(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr() or id(tensor)  # none on the meta device
-    except RuntimeError:  # a tensor subclass that has no memory of its own
+    except (RuntimeError, ValueError):  # a tensor subclass that has no memory of its own, or a lazy parameter
         return id(tensor)
 
 

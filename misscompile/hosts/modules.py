@@ -139,18 +139,18 @@ class ModuleHost(Host):
         return {name: self.canonical[module] for name, module in self.modules.items()}
 
     def notes(self, targets: Sequence[Target]) -> list[str]:
-        """Weights that modules without the adapter use too."""
-        adapted, users = {target.owner for target in targets}, dict[int, str]()
-        for module, name in self.canonical.items():
-            if module not in adapted:
-                users |= {id(parameter): f"{name}.{held}".lstrip(".") for held, parameter in module._parameters.items()}
-        shared = ((t.name, users.get(id(t.owner._parameters.get("weight", self)))) for t in targets)
-        return [
-            f"{name} shares its weight with {user}: the adapter acts on this module alone, and merge will refuse until the "
-            "weight is untied"
-            for name, user in shared
-            if user is not None
-        ]
+        """Weights in whose memory a merge would change more than the adapter acts on."""
+        adapted, users, found = {target.owner for target in targets}, Users(self.root), []
+        for target in targets:
+            weight = target.owner._parameters.get("weight")
+            held_by = () if weight is None else users.of(weight)
+            other = (user for m, held, user, t in held_by if m not in adapted or held != "weight" or t is not weight)
+            if user := next(other, None):
+                found.append(
+                    f"{target.name} shares its weight with {user}: its block acts on this module alone, and merge will "
+                    "refuse until the weight is untied"
+                )
+        return found
 
     def sites_of(self, owner: str) -> list[Site]:
         return owner_scope(self.modules[owner]).sites

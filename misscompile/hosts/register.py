@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from misscompile.hosts.base import Host
 from misscompile.hosts.owner_class import find_foreign_forward
-from misscompile.record.state import STATE, OwnerState, base_tensor, copy_name
+from misscompile.record.state import STATE, OwnerState, base_tensor, can_train, copy_name
 from misscompile.record.words import Plan, Target
 from misscompile.rules.config import MissConfig
 from misscompile.variants import VARIANTS
@@ -59,7 +59,7 @@ def create_copies(plan: Plan, values: Mapping[nn.Module, Mapping[str, Tensor]] |
                 device=base.device, dtype=base.dtype, copy=copy or value is base or value.is_inference()
             )
             if isinstance(base, nn.Parameter):
-                copied = nn.Parameter(copied, plan.adapter.trainable and copied.is_floating_point())
+                copied = nn.Parameter(copied, plan.adapter.trainable and can_train(copied))
             plan.copies.setdefault(owner, {})[name] = copied
 
 

@@ -158,6 +158,11 @@ def fingerprint(tensor: Tensor) -> tuple[int, ...]:
     return tuple(zlib.crc32(words.sum(axis).cpu().numpy().tobytes()) for axis in (0, 1))
 
 
+def can_train(tensor: Tensor) -> bool:
+    """Whether a tensor can have a gradient: integers cannot."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def merged_tensor(kept: Kept, owner: nn.Module, name: str) -> Tensor | None:
     """What a merge put in the place of a kept tensor, if anything; inside `disable_adapter` the two are exchanged."""
     return kept.value if vars(owner)[STATE].disabled else owner._parameters.get(name, owner._buffers.get(name))

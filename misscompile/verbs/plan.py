@@ -167,6 +167,9 @@ def _weight_problem(target: Target, trainable: bool) -> str | None:
         return None
     if weight.layout != torch.strided:
         return f"its weight is sparse ({weight.layout}); make it dense first (weight.to_dense())"
+    packed = target.scope is not None and target.scope.opaque is not None and not weight.is_complex()
+    if not weight.is_floating_point() and not packed:
+        return f"its weight is {weight.dtype}, and an update is real and floating-point"
     if weight.is_inference() and trainable:
         return (
             "its weight was made under torch.inference_mode, so that nothing can be trained through it; make the model "

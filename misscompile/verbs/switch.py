@@ -19,7 +19,7 @@ from misscompile.hosts.opening import (
     swap_merged,
 )
 from misscompile.hosts.owner_class import check_classes, remove_from_owner, restore_owner
-from misscompile.record.state import STATE, OwnerState, base_tensor
+from misscompile.record.state import STATE, OwnerState, base_tensor, can_train
 from misscompile.record.transaction import transaction
 from misscompile.record.walk import (
     adapters_of,
@@ -197,7 +197,7 @@ def _train_active(adapted: Iterable[nn.Module]) -> None:
             trains = adapter.name in state.active and adapter.trainable
             for registered in state.registered(adapter.name):
                 tensor = base_tensor(owner, registered)
-                tensor.requires_grad_(trains and registered in owner._parameters and tensor.is_floating_point())
+                tensor.requires_grad_(trains and registered in owner._parameters and can_train(tensor))
 
 
 def _shift_disabled(model: nn.Module, adapted: Mapping[str, nn.Module], step: int) -> None:

@@ -122,6 +122,9 @@ class Forwards:
         y = F.linear(x, self.weight)
         return (y, y) if x.sum() < 0 else y
 
+    def complex_outputs(self: Any, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * complex(0, self.scale)
+
     def turned_round(self: Any, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.t()) * self.scale  # type: ignore[no-any-return]
 
@@ -485,6 +488,31 @@ def test_what_a_forward_writes_is_written_by_calls_and_by_nothing_else(name: str
     assert [x is X for x in owner.seen] == [True] * (name == "collects")
 
 
+class _Interrupted(Exception):
+    """As a handler of signals raises it, at any point of the code."""
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, _Interrupted, KeyboardInterrupt])
+def test_an_error_that_is_not_the_code_s_is_raised_and_not_kept_as_opaque(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    class Fresh(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias)
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    owner = Fresh(12, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(fx.Tracer, "trace", fail)
+        with pytest.raises(error):
+            adapt(owner)
+    assert type(owner) is Fresh
+    assert "miss_block_default" not in dict(owner.named_parameters())
+    assert opaque(adapt(owner)) is None
+
+
 # --- what is no linear ----------------------------------------------------------------------------------------------
 
 
@@ -495,6 +523,7 @@ def test_what_a_forward_writes_is_written_by_calls_and_by_nothing_else(name: str
         ("looks_at_values", None),
         ("returns_tuple", r"found a tuple: exclude it"),
         ("tuple_for_some", None),
+        ("complex_outputs", r"found a complex tensor of shape \(2, 8\): exclude it"),
         ("turned_round", r"its forward fails on 12 features \(RuntimeError: mat1 and mat2 shapes"),
         ("sequences_alone", None),
         ("grouped", r"tensor whose last dimension is 8, found a tensor of shape \(2, 4, 3\): exclude it"),
