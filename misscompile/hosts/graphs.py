@@ -225,7 +225,8 @@ class GraphHost(Host):
                 fold = folds.setdefault((id(weight), call), Fold(path.parameter, weight, [], {}, call))
                 blocks = [state.blocks[n] for n in names if n in state.blocks]
                 part: Part = path.view, [(b, holder.get_parameter(b.parameter)) for b in blocks]
-                if not any(_same_part(part, other) for other in fold.parts):  # tied names share their block
+                held = [(view, [id(values) for _, values in found]) for view, found in fold.parts]
+                if (path.view, [id(values) for _, values in part[1]]) not in held:  # tied names share their block
                     _check_apart(fold, owner, path.view)
                     fold.parts.append(part)
                 fold.owners[owner] = sites
@@ -339,10 +340,6 @@ def _exchange(module: nn.Module, name: str, new: nn.Parameter | None, keep: bool
             state = vars(module)[STATE] = OwnerState(type(module), in_graph=True)
             refresh_owner(module)
         state.kept[name] = Kept(old, None if new is None else fingerprint(new))
-
-
-def _same_part(one: Part, other: Part) -> bool:
-    return one[0] == other[0] and [id(values) for _, values in one[1]] == [id(values) for _, values in other[1]]
 
 
 def _check_apart(fold: Fold, owner: str, view: View) -> None:
