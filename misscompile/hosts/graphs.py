@@ -90,8 +90,7 @@ class GraphHost(Host):
         return {name: tables[weight] for name, weight in weights.items() if weight in tables}
 
     def _names_of(self, weight: Tensor) -> set[str]:
-        named = self.root.named_parameters(remove_duplicate=False)
-        return {name for name, parameter in named if parameter is weight}
+        return {name for name, parameter in self.root.named_parameters(remove_duplicate=False) if parameter is weight}
 
     def output_names(self) -> set[str]:
         return set(record_of(self.root).outputs)
@@ -134,8 +133,7 @@ class GraphHost(Host):
             if has_attribute(container, block.parameter):
                 targets.append(Refusal(name, target_name(site.node), f"it already has an attribute {block.parameter!r}"))
                 continue
-            stands_for = other_name(owner, name)
-            targets.append(Target(owner, container, *sizes, block, weight, shared, stands_for=stands_for))
+            targets.append(Target(owner, container, *sizes, block, weight, shared, stands_for=other_name(owner, name)))
         return targets
 
     def _canonical(self, name: str) -> str:
