@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from misscompile.errors import MergeError, MissWarning, StateError
-from misscompile.hosts.base import check_copies_finite, check_copies_unshared
+from misscompile.hosts.base import LastWrite, check_copies_finite, check_copies_unshared
 from misscompile.hosts.opening import (
     check_graphs_whole,
     forget_kept,
@@ -24,7 +24,7 @@ from misscompile.hosts.opening import (
 from misscompile.hosts.owner_class import check_classes, remove_from_owner, restore_owner
 from misscompile.hosts.recover import holds_exported_adapters
 from misscompile.record.state import STATE, is_current
-from misscompile.record.transaction import deferred_interrupt, transaction
+from misscompile.record.transaction import Undo, deferred_interrupt, transaction
 from misscompile.record.walk import (
     adapters_of,
     check_enabled,
@@ -75,7 +75,7 @@ def merge(
     hosts = hosts_in(root)
     folds = [host.plan_folds(names, keep_adapters) for host in hosts]
     for fold in itertools.chain(*folds):
-        fold.check()  # every result is known to be as finite as its weight before the first weight changes
+        fold.check()  # every result is known to be as finite as its weight before a weight changes
     removed = [name for name in adapters_of(root) if adapter_names is None and not keep_adapters and name not in names]
     if removed:  # a filter may turn the warning into an error
         warnings.warn(f"merge removed the inactive adapters {removed} without folding them.", MissWarning, stacklevel=2)
@@ -83,13 +83,17 @@ def merge(
         for name, owner in adapted.items():
             if removed:
                 remove_from_owner(owner, removed, name)
-        found = [host.write_folds(planned, names, keep_adapters, undo) for host, planned in zip(hosts, folds, strict=True)]
+        last = [host.write_folds(planned, names, keep_adapters, undo) for host, planned in zip(hosts, folds, strict=True)]
         refresh_graphs(root)
-        with deferred_interrupt():
-            for modules, write in itertools.chain(*found):
-                write()
-                undo.settle(modules)
+        _write_in_place(itertools.chain(*last), undo)
     return root if exported else model  # type: ignore[return-value]
+
+
+def _write_in_place(writes: Iterable[LastWrite], undo: Undo) -> None:
+    with deferred_interrupt():
+        for modules, write in writes:
+            write()
+            undo.settle(modules)
 
 
 def unmerge(model: M) -> M:
