@@ -430,3 +430,16 @@ def test_a_crash_at_any_moment(tmp_path: Path, before: dict[str, str] | None, cr
     assert states[states.index(after) :] == [after] * (len(states) - states.index(after))
     assert states.count(after) > 5
     assert [state for _, _, state in steps] == [after] * len(steps)  # what a crash leaves is not in the way of the next save
+
+
+def test_two_processes_that_make_one_new_folder_both_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        files.replace_files(target, OLD)  # the other process comes first
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    files.replace_files(tmp_path / "new", NEW)
+    assert read(tmp_path) == {f"new/{name}": data for name, data in NEW.items()}

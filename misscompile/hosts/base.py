@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from misscompile.errors import MergeError
 from misscompile.kernels import Scratch, fold_in_place, is_finite, reserve, stays_finite
 from misscompile.passes.weight_paths import take_view
+from misscompile.record.spread import is_spread, own_part, part_like, whole
 from misscompile.record.state import STATE, Kept, OwnerState, base_tensor, copy_name, fingerprint
 from misscompile.record.transaction import Undo, write, writing
 from misscompile.record.walk import join, named_modules, owners
@@ -41,14 +42,21 @@ class Fold:
         """Refuse a fold whose result cannot be computed, or would not be finite although the weight is."""
         if self.weight.is_meta:
             raise MergeError(f"{self.name}: its weight is on the meta device or offloaded; load it first.")
-        if not stays_finite(self.weight, [(b.variant, values) for _, blocks in self.parts for b, values in blocks]):
+        if any(view.offset + view.size[0] * view.size[1] > self.weight.numel() for view, _ in self.parts):
+            raise MergeError(
+                f"{self.name}: its weight has shape {tuple(self.weight.shape)} here, since another process or wrapper holds "
+                "the rest of it; gather the parameters first."
+            )
+        updates = [(b.variant, values) for _, blocks in self.parts for b, values in blocks]
+        weight = whole(self.weight) if any(VARIANTS[variant].reads_weight for variant, _ in updates) else self.weight
+        if not stays_finite(weight, updates):
             self.merged()
 
     def merged(self, scratch: Scratch | None = None) -> Tensor:
         """The merged weight in the base's layout and dtype, as finite as the weight was; nothing is changed."""
-        merged = self.weight.detach().clone()
+        merged = whole(self.weight).detach().clone()
         self.write(merged, scratch)
-        if not is_finite(merged) and bool((self.weight.isfinite() & ~merged.isfinite()).any()):
+        if not is_finite(merged) and bool((whole(self.weight).isfinite() & ~merged.isfinite()).any()):
             adapters = list(dict.fromkeys(block.adapter for _, blocks in self.parts for block, _ in blocks))
             raise MergeError(
                 f"{self.name}: the merged weight is not finite in {merged.dtype} (adapters {adapters}): {self._cause()} "
@@ -60,7 +68,7 @@ class Fold:
         broken = [block.parameter for _, blocks in self.parts for block, values in blocks if not is_finite(values)]
         if broken:
             return f"{broken[0]} holds values that are not finite, since its training diverged or its file is damaged."
-        if not is_finite(self.weight):
+        if not is_finite(whole(self.weight)):
             return "the base weight holds values that are not finite, which the update would spread. Repair the base first."
         return "the values exceed the range of the dtype."
 
@@ -68,17 +76,17 @@ class Fold:
         """Fold every part into `stored`, which holds the base weight."""
         scratch = None if stored.is_inference() else scratch  # what is made for it cannot be written elsewhere
         with writing(stored):
-            whole = stored.contiguous()
+            folded = whole(stored).contiguous()
             for view, blocks in self.parts:
-                fold_in_place(take_view(whole, view), [(block.variant, values) for block, values in blocks], scratch)
-            if whole is not stored:
-                stored.copy_(whole)
+                fold_in_place(take_view(folded, view), [(block.variant, values) for block, values in blocks], scratch)
+            if folded is not stored:
+                own_part(stored).copy_(part_like(stored, folded))
 
     def prepare(self, scratch: Scratch) -> Callable[[], None]:
         """What writes the result over the weight, with all the memory for it taken: a write in place cannot be undone."""
         stored = self.weight.detach()
-        if not stored.is_contiguous():
-            return functools.partial(write, stored, self.merged(scratch))
+        if is_spread(stored) or not stored.is_contiguous():
+            return functools.partial(write, own_part(stored), part_like(stored, self.merged(scratch)))
         scratch = {} if stored.is_inference() else scratch  # what is made for it cannot be written elsewhere
         with writing(stored):
             views = [take_view(stored, view) for view, _ in self.parts]
@@ -287,6 +295,7 @@ def check_copies_finite(root: nn.Module, names: Sequence[str]) -> None:
         for adapter in names:
             for tensor in vars(owner)[STATE].copies.get(adapter, ()):
                 trained, base = getattr(owner, copy_name(adapter, tensor)), base_tensor(owner, tensor)
+                trained, base = whole(trained), whole(base)
                 if not trained.is_meta and not is_finite(trained) and bool((base.isfinite() & ~trained.isfinite()).any()):
                     raise MergeError(
                         f"{join(owner_name, tensor)}: what the adapter {adapter!r} trained in its place is not finite, "

@@ -33,6 +33,7 @@ from misscompile.hosts.owner_class import (
 from misscompile.kernels import Scratch
 from misscompile.passes.find_sites import linear_shape, other_readers
 from misscompile.passes.trace import probe_opaque
+from misscompile.record.spread import whole
 from misscompile.record.state import STATE, Kept, OwnerState, base_class_of, fingerprint
 from misscompile.record.transaction import Undo
 from misscompile.record.walk import named_modules, owners
@@ -227,7 +228,7 @@ class ModuleHost(Host):
             )
         check_staying(name, state, names)
         blocks = [state.blocks[n] for n in names if n in state.blocks]
-        parts: list[Part] = [(path.view, [(block, owner.get_parameter(block.parameter)) for block in blocks])]
+        parts: list[Part] = [(path.view, [(block, whole(owner.get_parameter(block.parameter))) for block in blocks])]
         return Fold(name, self.stored_weight(name, scope.sites[0]), parts, dict(group))
 
     def write_folds(self, folds: Sequence[Fold], names: Sequence[str], keep: bool, undo: Undo) -> list[LastWrite]:

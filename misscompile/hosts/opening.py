@@ -15,6 +15,7 @@ from misscompile.hosts.modules import ModuleHost
 from misscompile.hosts.owner_class import refresh_owner
 from misscompile.hosts.recover import holds_exported_adapters, recover_adapters
 from misscompile.hosts.whole_graph import WholeGraph, change_record, derive_graph, swap_base, whole_graphs
+from misscompile.record.spread import reshard
 from misscompile.record.state import STATE, OwnerState
 from misscompile.record.transaction import Undo, swap_kept
 from misscompile.record.walk import check_enabled, join, named_modules, owner_states, owners, unwrap_model
@@ -116,6 +117,8 @@ def check_graphs_whole(root: nn.Module, adapted: Mapping[str, nn.Module], verb: 
 
 def swap_merged(root: nn.Module, changed: Mapping[str, nn.Module], undo: Undo) -> None:
     """Exchange what a merge wrote on these owners, and in the graphs of the model, with what it kept of the base."""
+    if any(vars(owner)[STATE].kept for owner in changed.values()):
+        reshard(root)
     for owner in changed.values():
         swap_kept(owner, undo)
     for graph in whole_graphs(root.modules()):

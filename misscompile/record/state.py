@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from misscompile.record.spread import own_part
 from misscompile.record.words import Adapter, Block
 
 STATE = "_miss"
@@ -152,6 +153,9 @@ def fingerprint(tensor: Tensor) -> tuple[int, ...]:
     A write through `.data` leaves the version of a tensor alone, and a copy or an assigned tensor of the same values is
     another object. A second copy of the values to compare with would take as much memory as they do.
     """
+    tensor = own_part(tensor)
+    if tensor.numel() == 0:
+        return ()
     rows = tensor.detach().reshape(len(tensor) if tensor.dim() > 1 else 1, -1).contiguous()
     size = math.gcd(rows.shape[1] * rows.element_size(), rows.storage_offset() * rows.element_size(), 8)
     words = rows.view(_WORDS[size])

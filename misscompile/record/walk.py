@@ -11,10 +11,14 @@ from torch import nn
 from misscompile.errors import ArgumentError, StateError, UnknownAdapterError
 from misscompile.record.state import STATE, OwnerState
 from misscompile.record.words import Adapter
+from misscompile.rules.names import WRAPPING
+
+_MODULE_WRAPPERS = {"DataParallel", "DistributedDataParallel", "AveragedModel", "DeepSpeedEngine"}
+"""Classes that hold a whole model as `module`."""
 
 
 def unwrap_model(model: object) -> nn.Module:
-    """The module below `torch.compile` and data-parallel wrappers, whose names are those of the user's model."""
+    """The module below `torch.compile`, parallel and averaging wrappers, whose names are those of the user's model."""
     if not isinstance(model, nn.Module):
         hint = " (adapt and load_adapter make a module of it)" if isinstance(model, torch.export.ExportedProgram) else ""
         raise ArgumentError(f"model: expected a torch.nn.Module, found {type(model).__name__}{hint}.")
@@ -24,9 +28,9 @@ def unwrap_model(model: object) -> nn.Module:
         )
     wrapped: Any = model
     while True:
-        inner = wrapped._modules.get("_orig_mod")
-        if inner is None and isinstance(wrapped, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = wrapped.module
+        inner = next((wrapped._modules[segment] for segment in WRAPPING if segment in wrapped._modules), None)
+        if inner is None and not _MODULE_WRAPPERS.isdisjoint(kind.__name__ for kind in type(wrapped).__mro__):
+            inner = wrapped._modules.get("module")
         if inner is None:
             return wrapped  # type: ignore[no-any-return]
         wrapped = inner
@@ -35,8 +39,8 @@ def unwrap_model(model: object) -> nn.Module:
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """The modules of `model` by dotted name, as `nn.Module.named_modules` gives them, in one pass over the tree.
 
-    Where `torch.compile` wraps a part of the model, the segment `_orig_mod` is left out. The wrapper and the wrapped
-    module then have one name, which stands for the wrapped one.
+    Where `torch.compile`, FSDP1 or activation checkpointing wraps a part of the model, the segment that it adds is left
+    out. The wrapper and the wrapped module then have one name, which stands for the wrapped one.
     """
     found = {"": model}
     seen = {model}
@@ -47,7 +51,7 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, 
             if child is None or (remove_duplicate and child in seen):
                 continue
             seen.add(child)
-            path = name if child_name == "_orig_mod" else prefix + child_name
+            path = name if child_name in WRAPPING else prefix + child_name
             found[path] = child
             if child._modules:
                 visit(path, child)

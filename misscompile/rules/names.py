@@ -14,6 +14,14 @@ from collections.abc import Collection, Iterable, Sequence
 from misscompile.errors import NoMatchError
 from misscompile.rules.config import MissConfig, as_list
 
+WRAPPING = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Segments that wrappers (`torch.compile`, FSDP1, activation checkpointing) add to the names of a model."""
+
+
+def strip_wrappers(name: str) -> str:
+    """A dotted name without what wrappers add."""
+    return ".".join(segment for segment in name.split(".") if segment not in WRAPPING)
+
 
 @dataclasses.dataclass(frozen=True)
 class Selection:

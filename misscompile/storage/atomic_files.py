@@ -36,7 +36,12 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
             mask = os.umask(0)  # it cannot be read without setting it
             os.umask(mask)
             staged.chmod(0o777 & ~mask)
-            os.rename(staged, folder)
+            try:
+                os.rename(staged, folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                replace_files(folder, contents)  # another process made it meanwhile
         elif len(changed) == 1 or _is_working_directory(folder) or not _exchange_with(folder, staged, changed):
             shutil.rmtree(staged)
             staged.mkdir()

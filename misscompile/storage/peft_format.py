@@ -21,6 +21,7 @@ from torch import Tensor
 
 from misscompile.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, MissError
 from misscompile.rules.config import PEFT_TYPE, MissConfig
+from misscompile.rules.names import strip_wrappers
 from misscompile.storage.atomic_files import replace_files
 
 CONFIG_FILE = "adapter_config.json"
@@ -147,8 +148,8 @@ def _open(path: Path) -> Any:
 
 
 def strip_key(key: str) -> str:
-    """The name in a key: without PEFT's prefix and what a compiled wrapper adds, and with Bone's block called MiSS's."""
-    name = key.replace("_orig_mod.", "").removeprefix(PREFIX)
+    """The name in a key: without PEFT's prefix and what wrappers add, and with Bone's block called MiSS's."""
+    name = strip_wrappers(key).removeprefix(PREFIX)
     return name.removesuffix(_BONE_BLOCK) + BLOCK if name.endswith(_BONE_BLOCK) else name
 
 

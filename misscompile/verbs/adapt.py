@@ -13,6 +13,7 @@ from misscompile.hosts.base import Host
 from misscompile.hosts.opening import open_host
 from misscompile.hosts.register import create_blocks, create_copies, register_blocks
 from misscompile.hosts.whole_graph import WholeGraph
+from misscompile.record.spread import check_before_wrapping
 from misscompile.record.state import STATE
 from misscompile.record.transaction import transaction
 from misscompile.record.words import Plan
@@ -40,8 +41,9 @@ def adapt(
     alone: a new one comes back, over the same base values.
 
     Args:
-        model: any `nn.Module`, adapted inside a `torch.compile` or data-parallel wrapper; or a `torch.fx.GraphModule` or
-            `torch.export.ExportedProgram`, whose linear calls go by the names of the modules that own their weights.
+        model: any `nn.Module`, adapted inside a `torch.compile` or `nn.DataParallel` wrapper, and before it is distributed
+            (DDP, FSDP, tensor parallel, DeepSpeed); or a `torch.fx.GraphModule` or `torch.export.ExportedProgram`, whose
+            linear calls go by the names of the modules that own their weights.
         config: a `MissConfig`, a `peft.MissConfig` or a dict of its fields.
         adapter_name: letters, digits, `_` and `-`; not in use on this model.
         autocast_adapter_dtype: float32 blocks where the base weight is 16-bit; False gives them its dtype. Each block
@@ -58,12 +60,13 @@ def adapt(
         ConfigError: a field is not valid, or does not fit a chosen module (the message has the values that would do).
         NoMatchError: the rules choose no module.
         UnsupportedModuleError: a module was named on which an adapter would have no effect.
-        StateError: the name is in use, or the model is merged or inside `disable_adapter`.
+        StateError: the name is in use, or the model is merged or inside `disable_adapter`; or it is distributed already.
         ArgumentError: an argument has the wrong type.
         CaptureError: Python reads a name of the graph as another one (letters in a form that it normalises).
 
     Nothing is changed when it raises. What the rules passed over is told in a `MissWarning` and listed by `dump`.
     """
+    check_before_wrapping(model, "adapt", trains=True)
     host = open_host(model, "adapt", per_call_site)
     plan = make_plan(host, coerce_config(config), adapter_name, round_bat_weight)
     create_blocks(plan, autocast_adapter_dtype)

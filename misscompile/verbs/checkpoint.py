@@ -14,6 +14,7 @@ from misscompile.errors import CheckpointError, MissError, MissWarning, StateErr
 from misscompile.hosts.base import Host
 from misscompile.hosts.opening import hosts_in, open_host
 from misscompile.hosts.register import create_blocks, create_copies
+from misscompile.record.spread import check_before_wrapping, check_whole, one_writer, own_part, part_like, whole
 from misscompile.record.state import base_tensor
 from misscompile.record.walk import named_modules, owner_states, require_adapter, unwrap_model
 from misscompile.record.words import Adapter, Plan
@@ -35,6 +36,7 @@ from misscompile.verbs.file_keys import (
     check_frozen,
     check_live,
     check_repeated,
+    check_shapes,
     check_shared_blocks,
     check_trained_in_full,
     keys_of,
@@ -42,7 +44,7 @@ from misscompile.verbs.file_keys import (
     rule_names,
     sort_keys,
 )
-from misscompile.verbs.plan import check_adapter_name, make_plan
+from misscompile.verbs.plan import check_adapter_name, check_complete, make_plan
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -51,22 +53,31 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     The two files appear together: a crash at any moment leaves the old folder whole. Other files in it are kept.
 
     Args:
-        model: an adapted model, or a wrapper around it.
+        model: an adapted model, or a wrapper around it. Of one that is sharded by FSDP2 or tensor parallel, every process
+            makes the call: the blocks are gathered, and one process writes.
         folder: created where needed.
         adapter_name: the adapter to write; its blocks, its biases and its modules to save.
 
     Raises:
         UnknownAdapterError: the model has no such adapter.
-        CheckpointError: a tensor is on the meta device, or `folder` is a file.
+        CheckpointError: a tensor is on the meta device or has not the shape that its layer needs, a module that the config
+            chooses has no block (it was replaced after adapting), or `folder` is a file.
+        StateError: FSDP1 or ZeRO-3 holds the parameters in parts.
         OSError: the disk is full or not writable.
     """
     root, path = unwrap_model(model), to_path(folder, "folder")
     adapter = require_adapter(root, adapter_name)
+    check_whole(model, "save_adapter")
+    check_complete(hosts_in(root)[0], adapter)
     live = live_tensors(root, adapter_name)
     keys = keys_of(root, adapter_name, live)
-    tensors = {key: live[held] for held, names in keys.items() for key in names}
+    check_shapes(live, adapter_name, keys)
+    values = {held: whole(tensor) for held, tensor in live.items()}
+    tensors = {key: values[held] for held, names in keys.items() for key in names}
     repeats = [key for names in keys.values() for key in names[1:]]
-    write_folder(path, tensors, _config_to_write(root, adapter), repeats)
+    with one_writer(live.values()) as writes:
+        if writes:
+            write_folder(path, tensors, _config_to_write(root, adapter), repeats)
     if adapter.config.rank_pattern:
         told = "misscompile reads it, PEFT's MiSS cannot, which has no rank_pattern; save_as_lora writes a folder for PEFT"
         warnings.warn(f"{path}: {told}.", MissWarning, stacklevel=2)
@@ -102,7 +113,9 @@ def load_adapter(
         CheckpointError: the files are damaged, hold another method or pickles, or do not fit this model (missing,
             surplus or mis-shaped keys, each named). The model is left as it was.
         StateError, ConfigError: the adapter name is in use or not valid.
+        StateError: the model is distributed already, and the blocks could not act or train.
     """
+    check_before_wrapping(model, "load_adapter", is_trainable)
     host = open_host(model, "load_adapter")
     check_adapter_name(adapter_name, owner_states(host.root))
     plan, keys = _plan_to_load(host, find_folder(folder, revision), adapter_name, is_trainable, round_bat_weight)
@@ -128,6 +141,8 @@ def _plan_to_load(host: Host, folder: Path, adapter_name: str, trainable: bool, 
     host.per_call_site = host.are_calls(keys.blocks)
     try:
         plan = make_plan(host, config, adapter_name, round_bat_weight, trainable)
+    except StateError:
+        raise
     except MissError as error:
         raise CheckpointError(f"{folder}: the adapter does not fit this model: {error}") from error
     check_blocks(keys, plan)
@@ -151,10 +166,11 @@ def hotswap_adapter(
 
     Raises:
         UnknownAdapterError: the model has no such adapter.
-        StateError: it is merged.
+        StateError: it is merged, or FSDP1 or ZeRO-3 holds the parameters in parts.
         CheckpointError: the file holds another variant, rank, or set of tensors. Nothing is changed then.
     """
     root = unwrap_model(model)
+    check_whole(model, "hotswap_adapter")
     adapter = require_adapter(root, adapter_name)
     if any(adapter_name in state.merged for state in owner_states(root).values()):
         raise StateError(f"the adapter {adapter_name!r} is merged: call unmerge(model) before swapping its values.")
@@ -174,7 +190,7 @@ def hotswap_adapter(
     check_live(weights, stored, live, keys_of(root, adapter_name, live))
     check_repeated(keys)
     for held, value in read_tensors(stored).items():
-        live[held].copy_(value)
+        own_part(live[held].detach()).copy_(part_like(live[held], value))
     return model
 
 

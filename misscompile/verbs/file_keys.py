@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from misscompile.errors import CheckpointError
 from misscompile.hosts.base import Host
+from misscompile.passes.find_sites import linear_shape
+from misscompile.record.spread import reshard, whole
 from misscompile.record.state import STATE, OwnerState, base_tensor, copy_name
 from misscompile.record.walk import join, named_modules, owners, require_adapter
 from misscompile.record.words import Plan
-from misscompile.rules.names import closest
+from misscompile.rules.names import closest, strip_wrappers
 from misscompile.storage.peft_format import BLOCK, DTYPES, PREFIX, Entry, read_tensors, strip_key
 from misscompile.variants import VARIANTS
 
@@ -47,6 +49,7 @@ class Keys:
 
 def live_tensors(root: nn.Module, adapter_name: str) -> dict[Held, Tensor]:
     """What an adapter registered on the model."""
+    reshard(root)
     tensors: dict[Held, Tensor] = {}
     for owner in owners(root).values():
         state: OwnerState = vars(owner)[STATE]
@@ -60,6 +63,7 @@ def live_tensors(root: nn.Module, adapter_name: str) -> dict[Held, Tensor]:
 def adapter_tensors(root: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """What an adapter registered on the model, by every name under which a file has it."""
     live = live_tensors(root, adapter_name)
+    live = {held: whole(tensor) for held, tensor in live.items()}
     return {key: live[held] for held, keys in keys_of(root, adapter_name, live).items() for key in keys}
 
 
@@ -75,6 +79,24 @@ def keys_of(root: nn.Module, adapter_name: str, live: Iterable[Held]) -> dict[He
             told = [name for name in told if any(prefix.endswith(saved) for prefix in _prefixes(name))] or told[:1]
         keys[owner, tensor] = [join(name, BLOCK) if tensor == BLOCK else _tensor_key(name, tensor, adapted) for name in told]
     return keys
+
+
+def check_shapes(live: Mapping[Held, Tensor], adapter_name: str, names: Mapping[Held, Sequence[str]]) -> None:
+    """Refuse tensors that a folder should not hold: a wrapper left a part of each, or the layer was resized since."""
+    for (owner, tensor), value in live.items():
+        state: OwnerState = vars(owner)[STATE]
+        if tensor != BLOCK:
+            needed = tuple(base_tensor(owner, tensor).shape)
+        else:
+            block, shape = state.blocks[adapter_name], linear_shape(owner)
+            assert state.shape is not None
+            sizes = state.shape if state.in_graph or shape is None else shape
+            needed = VARIANTS[block.variant].block_shape(block.r, block.mini_r, *sizes)
+        if tuple(value.shape) != needed:
+            raise CheckpointError(
+                f"{names[owner, tensor][0]}: it has shape {tuple(value.shape)} here and needs {needed}. Where a wrapper "
+                "holds the rest, gather the parameters first; where the layer was resized, resize it before adapting."
+            )
 
 
 def names_in_file(root: nn.Module) -> dict[nn.Module, list[str]]:
@@ -101,7 +123,7 @@ def sort_keys(host: Host, path: Path, entries: Sequence[Entry]) -> Keys:
     """Say of every entry of a file what it stands for on this model. One that stands for nothing is an error."""
     block_names, keys, others = host.block_names(), Keys(path), list[Entry]()
     for entry in entries:
-        if not entry.key.replace("_orig_mod.", "").startswith(PREFIX):
+        if not strip_wrappers(entry.key).startswith(PREFIX):
             raise entry.error(f"is not one of a MiSS adapter: it does not start with {PREFIX!r}.")
         name, _, tensor = strip_key(entry.key).rpartition(".")
         if tensor == BLOCK and (name in block_names or not _may_be_missing(entry, name)):

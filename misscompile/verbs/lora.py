@@ -20,6 +20,7 @@ from misscompile.errors import ArgumentError, CheckpointError, ConfigError, Stat
 from misscompile.hosts.opening import adapted_owners
 from misscompile.passes.find_sites import linear_shape
 from misscompile.passes.weight_paths import take_view
+from misscompile.record.spread import check_whole, one_writer, whole
 from misscompile.record.state import STATE
 from misscompile.record.walk import join, named_modules, owner_states, require_adapter, unwrap_model
 from misscompile.rules.config import MissConfig
@@ -37,7 +38,7 @@ from misscompile.storage.peft_format import (
     write_folder,
 )
 from misscompile.variants import VARIANTS, SummedVariant
-from misscompile.verbs.file_keys import adapter_tensors
+from misscompile.verbs.file_keys import adapter_tensors, live_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +76,18 @@ def save_as_lora(
     Raises:
         ConfigError, ArgumentError: `rank` and `energy` are not possible values, or missing for bat.
         CheckpointError: bat from a folder alone, sizes that cannot be found, or `out` is a file.
-        UnknownAdapterError, StateError: the model has no such adapter, or it is merged.
+        UnknownAdapterError, StateError: the model has no such adapter, or it is merged; or FSDP1 or ZeRO-3 holds the
+            parameters in parts.
     """
     path = to_path(out, "out")
     if isinstance(model_or_folder, nn.Module):
         root = unwrap_model(model_or_folder)
+        check_whole(model_or_folder, "save_as_lora")
         config = require_adapter(root, adapter_name).config
         _check_cut(config, rank, energy)
         tensors = adapter_tensors(root, adapter_name)
         factors = _factors_of_model(root, adapter_name, rank, energy)
+        held = live_tensors(root, adapter_name).values()
     else:
         folder = find_folder(model_or_folder)
         config = read_config(folder)
@@ -92,10 +96,14 @@ def save_as_lora(
         tensors = read_tensors({strip_key(entry.key): entry for entry in read_entries(folder / WEIGHTS_FILE)})
         factors = _factors_of_folder(folder, config, tensors, base_model)
         root = base_model if isinstance(base_model, nn.Module) else nn.Module()
+        held = {}.values()
     written = {name: value for name, value in tensors.items() if name.rpartition(".")[2] != BLOCK}
     for name, factor in factors.items():
         written |= {join(name, "lora_A.weight"): factor.down, join(name, "lora_B.weight"): factor.up}
-    write_folder(path, written, _lora_config(config, factors, list(named_modules(root, remove_duplicate=False))))
+    names = list(named_modules(root, remove_duplicate=False))
+    with one_writer(held) as writes:
+        if writes:
+            write_folder(path, written, _lora_config(config, factors, names))
     return [LoraFidelity(name, factor.down.shape[0], factor.error) for name, factor in factors.items()]
 
 
@@ -130,13 +138,13 @@ def _factors_of_model(root: nn.Module, adapter_name: str, rank: int | None, ener
         block = vars(owner)[STATE].blocks.get(adapter_name)
         if block is None:
             continue
-        site, values = host.sites_of(own_name)[0], owner.get_parameter(block.parameter).detach().cpu()
+        site, values = host.sites_of(own_name)[0], whole(owner.get_parameter(block.parameter)).detach().cpu()
         variant = VARIANTS[block.variant]
         if isinstance(variant, SummedVariant):
             factors[name] = _Factors(*variant.lora_factors(values, site.in_features, site.out_features))
             continue
         assert site.path is not None
-        weight = take_view(host.stored_weight(own_name, site).detach().contiguous(), site.path.view).cpu().double()
+        weight = take_view(whole(host.stored_weight(own_name, site)).detach().contiguous(), site.path.view).cpu().double()
         down, up, error = _truncated_factors(variant.delta_weight(values, weight), rank, energy)
         factors[name] = _Factors(down.to(values.dtype), up.to(values.dtype), error)
     return factors

@@ -23,6 +23,7 @@ from misscompile.hosts.opening import (
 )
 from misscompile.hosts.owner_class import check_classes, remove_from_owner, restore_owner
 from misscompile.hosts.recover import holds_exported_adapters
+from misscompile.record.spread import check_whole, forget_removed, reshard
 from misscompile.record.state import STATE, is_current
 from misscompile.record.transaction import Undo, deferred_interrupt, transaction
 from misscompile.record.walk import (
@@ -58,14 +59,18 @@ def merge(
             forward is opaque, it is on the meta device or offloaded, or something reads its memory on which not the same
             blocks act. Nothing is changed then.
         StateError: the model has no adapter, is merged already, or is inside `disable_adapter`; or two of the adapters
-            train one tensor in full.
+            train one tensor in full; or FSDP1 or ZeRO-3 holds its parameters in parts.
         UnknownAdapterError: a name is not on the model.
 
     Whatever else it raises, the model is as it was. A module tree's weights are written in place, without a second copy to
     go back to: that is the last step, with all its memory taken before, and Ctrl-C waits for its end.
+
+    Of a model that is sharded by FSDP2 or tensor parallel, every process makes the call. Each weight is gathered in turn.
     """
     exported = holds_exported_adapters(model)
     root = open_adapted(model, "merge")
+    check_whole(root if exported else model, "merge")  # type: ignore[arg-type]
+    reshard(root)
     names = _names_to_merge(root, adapter_names)
     adapted = owners(root)
     check_classes(adapted)
@@ -86,6 +91,7 @@ def merge(
         last = [host.write_folds(planned, names, keep_adapters, undo) for host, planned in zip(hosts, folds, strict=True)]
         refresh_graphs(root)
         _write_in_place(itertools.chain(*last), undo)
+    forget_removed(root)
     return root if exported else model  # type: ignore[return-value]
 
 
@@ -107,6 +113,8 @@ def unmerge(model: M) -> M:
         MergeError: a weight has other values than the merge gave it, so that its base is no longer the kept one.
     """
     root = unwrap_model(model)
+    check_whole(model, "unmerge")
+    reshard(root)
     check_enabled(owner_states(root), "unmerge")
     adapted = owners(root)
     if not any(vars(owner)[STATE].merged for owner in adapted.values()):

@@ -11,9 +11,17 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from misscompile.errors import ArgumentError, ConfigError, NoMatchError, StateError, UnsupportedModuleError
+from misscompile.errors import (
+    ArgumentError,
+    CheckpointError,
+    ConfigError,
+    NoMatchError,
+    StateError,
+    UnsupportedModuleError,
+)
 from misscompile.hosts.base import Host, has_attribute
 from misscompile.hosts.modules import refusal_notes
+from misscompile.record.spread import check_before_spreading
 from misscompile.record.state import STATE, OwnerState, copy_name
 from misscompile.record.walk import check_enabled, check_unmerged, join
 from misscompile.record.words import Adapter, Block, Plan, Refusal, Target
@@ -50,6 +58,7 @@ def make_plan(
         raise NoMatchError(
             f"modules_to_save={config.modules_to_save!r} takes {selection.chosen[0]!r} and all else targeted."
         )
+    check_before_spreading(host.root, {name: host.modules[name] for name in chosen if name in host.modules}, trainable)
     looked = [found for name in chosen for found in host.look(name, dataclasses.replace(block, r=rank_of(config, name)))]
     targets = [found for found in looked if isinstance(found, Target)]
     refusals = [*refusals, *(found for found in looked if isinstance(found, Refusal))]
@@ -60,9 +69,35 @@ def make_plan(
     refusals += misfits
     copied = _trained_in_full(host, config, whole, targets)
     _check_names_free(host, copied, adapter_name)
+    check_before_spreading(host.root, {host.canonical[module]: module for module in copied}, trains=True)
     ranks = ranks_without_effect(config, [target.name for target in targets])
     notes = [*selection.notes, *ranks, *refusal_notes("not adapted:", refusals), *host.notes(targets)]
     return Plan(Adapter(adapter_name, config, trainable, tuple(refusals)), host.canonical, targets, notes, copied)
+
+
+def check_complete(host: Host, adapter: Adapter) -> None:
+    """Refuse to save an adapter where a module that its config names has none of it: the folder could not be loaded.
+
+    Raises:
+        CheckpointError: naming the module.
+    """
+    config = adapter.config
+    if host.in_graph or config.target_modules is None or config.selects_all_linear:  # saved as the names that have blocks
+        return
+    try:
+        selection = select_names(config, host.names(), config.target_modules, ())
+    except NoMatchError:  # a part of the model
+        return
+    whole = {inner: name for name in selection.saved for inner in host.modules[name].modules()}
+    needed = {host.modules[name]: name for name in selection.chosen if host.modules[name] not in whole}
+    needed |= {inner: host.canonical[inner] for inner in whole if any(p is not None for p in inner._parameters.values())}
+    for module, name in needed.items():
+        state: OwnerState | None = vars(module).get(STATE)
+        if state is None or adapter.name not in state.adapters:
+            raise CheckpointError(
+                f"{name}: the config of {adapter.name!r} chooses it, and it has nothing of that adapter, since it was made "
+                "after adapting (resize_token_embeddings makes a new output layer). Make it before adapting."
+            )
 
 
 def check_adapter_name(name: object, states: Mapping[str, OwnerState]) -> None:

@@ -19,6 +19,7 @@ from misscompile.hosts.opening import (
     swap_merged,
 )
 from misscompile.hosts.owner_class import check_classes, remove_from_owner, restore_owner
+from misscompile.record.spread import check_before_wrapping, forget_removed, reshard
 from misscompile.record.state import STATE, OwnerState, base_tensor, can_train
 from misscompile.record.transaction import transaction
 from misscompile.record.walk import (
@@ -60,16 +61,22 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
 
     Raises:
         UnknownAdapterError: a name is not on the model.
-        StateError: the model is merged, or inside `disable_adapter`; or two of the adapters train one tensor in full.
+        StateError: the model is merged, or inside `disable_adapter`; or two of the adapters train one tensor in full; or
+            blocks would begin to train inside DDP, FSDP1 or DeepSpeed, which sum the gradients of others.
         ArgumentError: neither a name nor a list of names.
     """
     root = unwrap_model(model)
     names = require_adapters(root, adapter_name)
     adapted = _changeable_owners(root, "set_adapter")
     check_copies_apart(owner_states(root), names)
-    with transaction(named_modules(root).values(), parts_of_graphs(root)):
+    reshard(root)
+    with transaction(named_modules(root).values(), parts_of_graphs(root)) as undo:
+        trained = {id(parameter) for parameter in undo.parameters if parameter.requires_grad}
         activate(root, adapted, names)
         _train_active(adapted.values())
+        new = [p for p in undo.parameters if p.requires_grad and id(p) not in trained]
+        if new:
+            check_before_wrapping(model, "set_adapter", trains=True)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -86,6 +93,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         for name, owner in adapted.items():
             remove_from_owner(owner, [adapter_name], name)
         refresh_graphs(root)
+    forget_removed(root)
     left = list(adapters_of(root))
     if left and not active_adapters(root):
         warnings.warn(f"no adapter is active now; set_adapter can activate {left}.", MissWarning, stacklevel=2)
@@ -154,6 +162,7 @@ def unload(model: M) -> M:
         for name, owner in adapted.items():
             restore_owner(owner, name)
         refresh_graphs(root)
+    forget_removed(root)
     return model
 
 
