@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from support import VARIANTS, Trap, adapted, blocks_of, fields, fill_blocks, max_error, picture, with_deltas
+from support import VARIANTS, Trap, adapted, blocks_of, fields, fill_blocks, max_error, picture, shake, with_deltas
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -170,6 +170,36 @@ def tensor_parallelism(folder: Path, init_weights: Any) -> None:
     check_swap_and_merge(model, init_weights, folder)
 
 
+def trained_in_full(folder: Path) -> None:
+    """Biases and modules to save, which are copies beside the base's own tensors."""
+    one, other = (
+        shake(adapted(plain(), target_modules=["up"], modules_to_save=["head"], bias="MiSS_only")) for _ in range(2)
+    )
+    makes: tuple[Callable[[nn.Module], nn.Module], ...] = (shard, tensor_parallel, DistributedDataParallel)
+    for number, make in enumerate(makes):
+        model, x = make(copy.deepcopy(other)), inputs(None if make is tensor_parallel else dist.get_rank())
+        (folder / str(number)).mkdir(exist_ok=True)
+        for _ in range(2):
+            model.zero_grad()
+            model(x).square().mean().backward()
+        one.zero_grad()
+        one(inputs()).square().mean().backward()
+        found = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+        for name, parameter in mc.trainable_parameters(one):
+            assert parameter.grad is not None
+            assert max_error(values(found[name].grad), parameter.grad) < 1e-12, (name, make)
+        mc.save_adapter(model, folder / str(number) / "many")
+        mc.save_adapter(one, folder / str(number) / f"one{dist.get_rank()}")
+        many, single = (load_file(folder / str(number) / kind / WEIGHTS) for kind in ("many", f"one{dist.get_rank()}"))
+        assert len(single) == 6
+        assert many.keys() == single.keys()
+        assert all(torch.equal(many[key], single[key]) for key in single)
+        expected = one(inputs())
+        mc.merge(model)
+        assert max_error(values(model(inputs())), expected) < 1e-12
+        assert {name.removeprefix("module.") for name in model.state_dict()} == plain().state_dict().keys()
+
+
 def fsdp1(folder: Path, init_weights: Any) -> None:
     model = FullyShardedDataParallel(adapted(plain(), init_weights), use_orig_params=True, device_id=torch.device("cpu"))
     model(inputs(dist.get_rank())).square().mean().backward()
@@ -186,6 +216,22 @@ def fsdp1(folder: Path, init_weights: Any) -> None:
     with FullyShardedDataParallel.summon_full_params(model):
         merged = {name: parameter.detach().clone() for name, parameter in model.module.named_parameters()}
     assert all(max_error(merged[name], parameter) < 1e-12 for name, parameter in expected.named_parameters())
+
+
+def a_half_precision_base(folder: Path) -> None:
+    """FSDP2 without a policy of its own leaves the blocks in float32, beside a base that is in bfloat16."""
+    for init_weights in VARIANTS:
+        one = adapted(plain().bfloat16(), init_weights)
+        model, seen = shard(copy.deepcopy(one)), []
+        up = model.layers[0].up  # type: ignore[index, union-attr]
+        up.register_forward_hook(lambda module, *_, seen=seen: seen.append(module.miss_block_default.dtype))
+        model(inputs(dist.get_rank()).bfloat16()).float().square().mean().backward()
+        one(inputs().bfloat16()).float().square().mean().backward()
+        assert seen == [torch.float32]
+        for name, block in blocks_of(model).items():
+            expected = blocks_of(one)[name].grad
+            assert expected is not None
+            assert max_error(values(block.grad), expected) < 1e-2 * float(expected.abs().max()), name
 
 
 def adapting_too_late(folder: Path) -> None:
@@ -254,7 +300,10 @@ SCENARIOS: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
     f"{function.__name__}-{init_weights}": (function, (init_weights,))
     for function in (ddp, fsdp1, fsdp2, tensor_parallelism)
     for init_weights in VARIANTS
-} | {function.__name__: (function, ()) for function in (adapting_too_late, switching, many_savers)}
+} | {
+    function.__name__: (function, ())
+    for function in (trained_in_full, a_half_precision_base, adapting_too_late, switching, many_savers)
+}
 
 
 def run_process(rank: int, folder: Path) -> None:

@@ -66,20 +66,27 @@ def add_updates(stored: Tensor, path: WeightPath, updates: Sequence[tuple[str, T
     return merged.to(stored.dtype)
 
 
-def copy_attribute(copied: str) -> property:
-    """The attribute that gives a registered copy in the place of the base's tensor."""
+def copy_attribute(tensor: str, copied: str) -> property:
+    """The attribute that gives a registered copy in the place of the base's tensor, to all but what shards both."""
 
     def read(self: nn.Module) -> Any:  # a function, since Dynamo does not follow operator.attrgetter
+        if not torch.compiler.is_compiling() and _shards(sys._getframe(1)):
+            return self._parameters.get(tensor, self._buffers.get(tensor))
         return getattr(self, copied)
 
     return property(read)
 
 
 def assign_to_copies(copied: Mapping[str, str], base: type[nn.Module]) -> Callable[[nn.Module, str, Any], None]:
-    """What is assigned becomes the copy that is read. `nn.Module` asks no property about a name that is registered."""
+    """What is assigned becomes the copy that is read. `nn.Module` asks no property about a name that is registered.
+
+    What shards parameters means the base's: it assigns the parts, and for each forward the whole, of both.
+    """
 
     def assign(self: nn.Module, name: str, value: Any) -> None:
-        base.__setattr__(self, copied.get(name, name), value)
+        if name in copied and (torch.compiler.is_compiling() or not _shards(sys._getframe(1))):
+            name = copied[name]
+        base.__setattr__(self, name, value)
 
     return assign
 
@@ -103,6 +110,11 @@ def _write(self: nn.Module, value: Any) -> None:
 
 def _delete(self: nn.Module) -> None:
     del vars(self)["weight"]
+
+
+def _shards(frame: types.FrameType) -> bool:
+    """Whether the code of a frame shards the parameters of a module, each under its registered name."""
+    return (frame.f_globals.get("__name__") or "").startswith("torch.distributed")
 
 
 def wants_parameter(frame: types.FrameType) -> bool:

@@ -256,7 +256,7 @@ def _make_class(base: type[nn.Module], scope: Scope | None, blocks: tuple[Block,
         rewrite = Specialised(scope, blocks, graph)
         members |= {"forward": _compile_forward(graph, base.__name__), BASE_FORWARD: base.forward, REWRITE: rewrite}
         members |= weight_attributes(base, path, blocks) if path is not None else {}
-    members |= {tensor: copy_attribute(copied) for tensor, copied in copies}
+    members |= {tensor: copy_attribute(tensor, copied) for tensor, copied in copies}
     if copies:
         members["__setattr__"] = assign_to_copies(dict(copies), base)
     made = _subclass(base, members)
