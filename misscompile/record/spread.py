@@ -124,8 +124,8 @@ def _is_partitioned(parameter: Tensor) -> bool:
 
 def gradient_wrapper(model: nn.Module) -> str | None:
     """The wrapper around a model, or inside of it, that sums the gradients of the parameters that it met, if any."""
-    for module in model.modules():
-        names = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(("torch.", "deepspeed."))]
+    for found in dict.fromkeys(type(module) for module in model.modules()):
+        names = [kind.__name__ for kind in found.__mro__ if kind.__module__.startswith(("torch.", "deepspeed."))]
         for name in ("DistributedDataParallel", "DeepSpeedEngine"):
             if name in names:
                 return name
