@@ -23,6 +23,11 @@ _FSDP2 = "FSDP2 (fully_shard)"
 _ADAPT_FIRST = "Adapt the model first (or load the adapter), then distribute it."
 
 
+def _has_processes() -> bool:
+    """Whether this process is one of a group. Without one nothing is wrapped or sharded, and no module is looked at."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _kind(module: str, name: str) -> tuple[type, ...]:
     """A class of torch for `isinstance`; none where nothing imported its module."""
     found = getattr(sys.modules.get(module), name, None)
@@ -74,7 +79,7 @@ def one_writer(tensors: Iterable[Tensor]) -> Iterator[bool]:
 
 def _fsdp2_modules(root: nn.Module) -> list[Any]:
     kind = _kind("torch.distributed.fsdp", "FSDPModule")
-    return [module for module in root.modules() if isinstance(module, kind)] if kind else []
+    return [module for module in root.modules() if isinstance(module, kind)] if kind and _has_processes() else []
 
 
 def reshard(root: nn.Module) -> None:
@@ -138,7 +143,7 @@ def check_before_wrapping(model: object, verb: str, trains: bool) -> None:
     Raises:
         StateError: naming the verb and the wrapper.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or not _has_processes():
         return
     kind = _kind("torch.distributed.fsdp", "FullyShardedDataParallel")
     if kind and any(isinstance(module, kind) for module in model.modules()):
