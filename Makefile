@@ -3,6 +3,7 @@
 #   make demo   fine-tune SmolLM2-135M-Instruct with a MiSS adapter and ship it as an ordinary model
 #   make test   run the tests
 #   make fuzz   run random steps on random models against a plain model, for five minutes
+#   make leaks  run a thousand cycles of each verb, and count what is left of them (half an hour)
 #   make bench  measure against PEFT and the frozen base (under ten minutes on two cores); the files go to out/bench
 #   make api    write docs/api.md and the table of files in docs/architecture.md again
 #
@@ -17,7 +18,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-inp
 OUT ?= out/bench
 FUZZ_SECONDS ?= 300
 
-.PHONY: demo test fuzz bench api
+.PHONY: demo test fuzz leaks bench api
 
 demo: $(INSTALLED)
 	TQDM_DISABLE=1 $(BIN)/python examples/finetune_smollm2.py
@@ -29,6 +30,9 @@ test: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	HF_HUB_OFFLINE=1 MISSCOMPILE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz -q -s --tb=short --show-capture=no
+
+leaks: $(INSTALLED)
+	HF_HUB_OFFLINE=1 PYTHONHASHSEED=0 MISSCOMPILE_LEAK_CYCLES=1000 $(BIN)/python -m pytest tests/test_leaks.py -n auto
 
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/misscompile bench --out $(OUT)

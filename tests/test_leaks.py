@@ -1,6 +1,7 @@
 """Nothing grows: classes, sources, tensors, objects and compiled graphs after many cycles of each verb, under fresh names.
 
 A cycle ends with the model that it began with, or lets one go. `COUNTS` are taken after some cycles and after many more.
+`make leaks` runs 1,000 cycles of everything, and counts Python's memory too; `make test` runs fewer of what takes long.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import contextlib
 import copy
 import gc
 import linecache
+import os
 import pickle
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +33,8 @@ from misscompile.hosts import owner_class  # internal: its caches
 pytestmark = pytest.mark.filterwarnings("ignore::misscompile.MissWarning", "ignore::DeprecationWarning")
 X = normal(3, 12)
 Make = Callable[[], Any]
+CYCLES = int(os.environ.get("MISSCOMPILE_LEAK_CYCLES", 0))
+"""Of everything; by default each test has a number of its own."""
 
 
 def kept(kind: type | tuple[type, ...]) -> int:
@@ -66,14 +71,19 @@ def counts() -> dict[str, int]:
 
 
 def growth(cycle: Callable[[str], Any], cycles: int) -> dict[str, int]:
-    """What is more after so many cycles, each with a name of its own; objects are rounded to those of each cycle."""
+    """What is more after so many cycles, each with a name of its own; objects and kilobytes are those of each cycle."""
+    cycles = CYCLES or cycles
     for number in range(5):
         cycle(f"before_{number}")
-    before = counts()
+    if CYCLES:
+        tracemalloc.start()
+    before = counts() | {"kilobytes": tracemalloc.get_traced_memory()[0] / 1024}
     for number in range(cycles):
         cycle(f"n{number}")
-    more = {name: count - before[name] for name, count in counts().items()}
-    more["objects"] = round(more["objects"] / cycles)
+    after = counts() | {"kilobytes": tracemalloc.get_traced_memory()[0] / 1024}
+    tracemalloc.stop()
+    more = {name: count - before[name] for name, count in after.items()}
+    more |= {name: round(more[name] / cycles) for name in ("objects", "kilobytes")}
     return {name: count for name, count in more.items() if count}
 
 
@@ -180,7 +190,7 @@ def test_no_class_and_no_weight_of_a_captured_or_exported_graph_stays() -> None:
         weights.extend(weakref.ref(w) for graph in (captured, mc.merge(program)) for w in graph.parameters())
 
     more = growth(cycle, 8)
-    assert not set(more) - {"tensors", "objects", "lines of sources", "sources of torch.fx"}, more
+    assert not set(more) - {"tensors", "objects", "kilobytes", "lines of sources", "sources of torch.fx"}, more
     assert len(weights) > 50
     assert all(weight() is None for weight in weights)
 
@@ -255,7 +265,7 @@ def entries() -> int:
 
 
 def test_a_model_like_the_one_before_is_not_compiled_again() -> None:
-    for _ in range(8):
+    for _ in range(CYCLES or 8):
         model = adapted(two_linears, "first")
         torch.compile(model, backend="eager", fullgraph=True)(X)
         mc.unload(model)
@@ -268,7 +278,7 @@ def test_a_model_like_the_one_before_is_not_compiled_again() -> None:
 def test_going_back_to_what_acted_before_compiles_nothing(verb: Callable[..., None]) -> None:
     model = mc.adapt(adapted(two_linears, "first"), fields("mini"), "second")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for _ in range(10):
+    for _ in range(CYCLES or 10):
         mc.set_adapter(model, "first")
         compiled(X)
         if verb is disable_adapter:
