@@ -3,7 +3,7 @@
 #   make demo   fine-tune SmolLM2-135M-Instruct with a MiSS adapter and ship it as an ordinary model
 #   make test   run the tests
 #   make fuzz   run random steps on random models against a plain model, for five minutes
-#   make leaks  run a thousand cycles of each verb, and count what is left of them (half an hour)
+#   make leaks  run a thousand cycles of each verb, and count what is left of them (an hour)
 #   make bench  measure against PEFT and the frozen base (under ten minutes on two cores); the files go to out/bench
 #   make api    write docs/api.md and the table of files in docs/architecture.md again
 #
