@@ -148,6 +148,9 @@ class Reads(Base):
     def proj__called_and_read(self, x: Tensor) -> Any:
         return self.proj(x) * F.linear(x.flip(-1), self.proj.weight)
 
+    def proj__added_in_place(self, x: Tensor) -> Any:
+        return x @ torch.zeros(12, 8, dtype=x.dtype).add_(self.proj.weight).t()
+
     def inner_proj__through_a_child(self, x: Tensor) -> Any:
         return F.linear(x, self.inner.proj.weight)
 
@@ -372,6 +375,17 @@ def test_code_without_a_source_reads_the_adapted_weight() -> None:
     exec("def read(): return m.proj.weight\nread_it = read()", namespace)
     delta = reference_delta(True, model.proj.miss_block_default, base_weight(model.proj))
     assert max_error(namespace["read_it"], base_weight(model.proj) + delta) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["accelerated_models", "peftlab", "misscompile_zoo", "torch.nn.utilsx"])
+def test_a_module_whose_name_only_begins_like_a_caretaker_s_computes(name: str) -> None:
+    model = adapted(Uses(), target_modules=["proj"])
+    namespace: dict[str, Any] = {"m": model, "__name__": name}
+    exec("read_it = m.proj.weight", namespace)
+    assert namespace["read_it"] is not base_weight(model.proj)
+    namespace["__name__"] = "accelerate.utils"
+    exec("read_it = m.proj.weight", namespace)
+    assert namespace["read_it"] is base_weight(model.proj)
 
 
 def test_a_weight_parametrized_before_or_after() -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from misscompile.passes.source import attribute_chain
 from misscompile.record.words import Block, WeightPath
 from misscompile.variants import VARIANTS
 
@@ -32,6 +33,8 @@ _METADATA = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "stride
 _METADATA |= {"is_cuda", "is_cpu", "is_meta", "is_sparse", "is_contiguous", "is_floating_point", "get_device", "quant_state"}
 _METADATA |= {"element_size", "is_leaf", "requires_grad", "grad", "data_ptr", "untyped_storage"}
 _IDENTITY_CALLS = {"isinstance", "hasattr", "id", "type"}
+_NAMES_OF_TORCH = {"torch", "nn", "F", "init"}
+"""What code calls torch's modules by: `nn.init.zeros_(w)` writes to `w`, and `y.add_(w)` reads it."""
 
 _CARETAKERS = (
     *("torch.nn.modules.module", "torch.nn.utils", "torch.nn.init", "torch.optim", "torch.distributed"),
@@ -120,7 +123,7 @@ def _shards(frame: types.FrameType) -> bool:
 def wants_parameter(frame: types.FrameType) -> bool:
     """Whether the code that reads a weight in this frame is after the parameter, and does not compute with its values."""
     name = frame.f_globals.get("__name__") or ""
-    if name.startswith(_CARETAKERS):
+    if f"{name}.".startswith(tuple(f"{caretaker}." for caretaker in _CARETAKERS)):
         return True
     return _takes_no_value(frame.f_code, frame.f_lasti)
 
@@ -158,8 +161,12 @@ def _asks_or_writes(node: ast.expr, parents: dict[ast.AST, ast.AST]) -> bool:
                 return True
         case ast.Subscript(value=value, ctx=ast.Store()):
             return value is node
-        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=arguments) if node in arguments:
-            if name in _IDENTITY_CALLS or _is_in_place(name):
+        case ast.Call(func=ast.Name(id=name), args=[*arguments]) if node in arguments:
+            if name in _IDENTITY_CALLS or (_is_in_place(name) and node is arguments[0]):
+                return True
+        case ast.Call(func=ast.Attribute(attr=name) as function, args=[first, *_]) if node is first:
+            root, _ = attribute_chain(function) or ("", ())
+            if _is_in_place(name) and root in _NAMES_OF_TORCH:
                 return True
         case ast.Compare(ops=operators) if all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in operators):
             return True
